@@ -1,0 +1,96 @@
+"""Losses whose minimum over all policies is the answer of a `Prox`, pi ∝ anchor * exp(eta P opponent)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A `Prox` on the responses at hand, B prompts with n responses each."""
+
+    x: Any
+    """(B,) prompts."""
+    y: Any
+    """(B, n) responses, drawn from a law m; `...` is all of them."""
+    log_law: Tensor
+    """(B, n) log m(y), in nats."""
+    weight: Tensor
+    """(B, n) share of y in averages over m; rows sum to one."""
+    log_anchor: Tensor
+    """(B, n) log anchor(y), up to a constant."""
+    win: Tensor
+    """(B, n) P(y > opponent), summed over signed opponents."""
+    eta: float
+
+
+Loss: TypeAlias = Callable[[Tensor, Batch], Tensor]
+"""(B,) one value per prompt, from log pi(y) (B, n) with its gradient, and the batch."""
+
+
+def variance(log_prob: Tensor, batch: Batch) -> Tensor:
+    """Var_{y ~ m}[log pi(y) - log anchor(y) - eta P(y > opponent)], times n / (n - 1): unbiased for n samples.
+
+    Any law m will do, none is corrected for: AGRO, CoPG, REBEL, and SPPO up to its fixed constant.
+
+    Source: Tang et al. 2025, arXiv:2503.19612; Flet-Berliac et al. 2024, arXiv:2406.19185.
+    """
+    d = log_prob - batch.log_anchor - batch.eta * batch.win
+    spread = (batch.weight * (d - (batch.weight * d).sum(-1, keepdim=True)) ** 2).sum(-1)
+    # For equal weights 1 / n this is the factor n / (n - 1); a listed law takes the factor along as a constant.
+    return spread / (1 - (batch.weight**2).sum(-1))
+
+
+def logistic(log_prob: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of sigmoid(h_i - h_j) to sigmoid(r_i - r_j), h = log pi / anchor, r = eta P(y > opponent).
+
+    Source: Rosset et al. 2024, arXiv:2404.03715 (DNO).
+    """
+    h, r = log_prob - batch.log_anchor, batch.eta * batch.win
+    label = (r[:, :, None] - r[:, None, :]).sigmoid()
+    miss = F.binary_cross_entropy_with_logits(h[:, :, None] - h[:, None, :], label, reduction="none")
+    return (batch.weight[:, :, None] * batch.weight[:, None, :] * miss).sum((1, 2))
+
+
+def cross_entropy(log_prob: Tensor, batch: Batch) -> Tensor:
+    """-E_{y ~ answer}[log pi(y)]: maximum likelihood of the answer, reached from m by self-normalised weights.
+
+    Source: Peters and Schaal 2007 (reward-weighted regression); Peng et al. 2019, arXiv:1910.00177 (AWR).
+    """
+    answer = (batch.log_anchor + batch.eta * batch.win - batch.log_law + batch.weight.log()).softmax(-1)
+    return -(answer * log_prob).sum(-1)
+
+
+def ipo(h: Tensor, win: Tensor, weight: Tensor, eta: float) -> Tensor:
+    """(B,) E_{y, y'}[(h(y) - h(y') - eta (P(y > y') - 1/2))^2], h = log pi / anchor, both drawn from the opponent.
+
+    Averaging over y' turns the label of a pair into P(y > opponent), so no third response is needed.
+
+    Args:
+        h: (B, n) with the gradient.
+        win: (B, n, n) P(y_i > y_j).
+        weight: (B, n) share of y_i; rows sum to one.
+        eta: the step of the `Prox`.
+
+    Source: Azar et al. 2023, arXiv:2310.12036 (IPO); Zhang et al. 2024, arXiv:2407.00617 (INPO).
+    """
+    pairs = weight[:, :, None] * weight[:, None, :]
+    return (pairs * (h[:, :, None] - h[:, None, :] - eta * (win - 0.5)) ** 2).sum((1, 2))
+
+
+def policy_gradient(log_prob: Tensor, log_anchor: Tensor, win: Tensor, eta: float) -> Tensor:
+    """(B,) whose gradient is, in expectation over y_i ~ pi, minus that of E[P(y > opponent)] - KL(pi, anchor) / eta.
+
+        -mean_i A_i log pi(y_i),   R_i = win_i - (log pi(y_i) - log anchor(y_i)) / eta,   A_i = R_i - mean_{j != i} R_j
+
+    The KL is that of whole sequences; the leave-one-out baseline keeps the estimate unbiased. All (B, n), n >= 2.
+
+    Source: Munos et al. 2024, arXiv:2312.00886, section 7; the baseline is that of Kool et al. 2019.
+    """
+    reward = win - (log_prob.detach() - log_anchor) / eta
+    n = reward.shape[-1]
+    advantage = (reward - reward.mean(-1, keepdim=True)) * (n / (n - 1))
+    return -(advantage * log_prob).mean(-1)

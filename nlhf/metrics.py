@@ -1,0 +1,196 @@
+"""How good a policy is. Everything is exact where the responses can be listed, and says so where it cannot.
+
+Functions that take a game average over its prompts with `game.prompt_weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax, logsumexp
+
+from nlhf.core import Policy
+from nlhf.schedules import check_tau
+
+Floats: TypeAlias = NDArray[np.float64]
+
+Metric: TypeAlias = Callable[[Any, Any, float], float]
+"""`metric(policy, game, tau)`, recorded by `nlhf.run` under its `__name__`."""
+
+
+def table(policy: Policy) -> Floats:
+    """(n,) or (X, n) log pi(y | x) of a policy whose responses can be listed, as float64."""
+    return np.asarray(policy.log_prob(..., ...), dtype=np.float64)
+
+
+def kl(policy: Policy, other: Policy, prompt_weights: Floats | None = None) -> float:
+    """KL(policy, other) = sum_y pi(y) log(pi(y) / other(y)), in nats, >= 0, averaged over prompts.
+
+    >>> from nlhf.tabular import Tabular
+    >>> kl(Tabular(np.log([0.5, 0.5])), Tabular(np.log([0.25, 0.75])))
+    0.14384103622589042
+    """
+    p, q = table(policy), table(other)
+    return _over_prompts(_kl(p, q), prompt_weights)
+
+
+def entropy(policy: Policy, prompt_weights: Floats | None = None) -> float:
+    """-sum_y pi(y) log pi(y), in nats, averaged over prompts."""
+    p = table(policy)
+    return _over_prompts(-np.sum(np.exp(p) * np.where(np.isneginf(p), 0.0, p), axis=-1), prompt_weights)
+
+
+def win_rate(policy: Policy, game: Any, opponent: Policy | None = None) -> float:
+    """P(policy > opponent) = E[P(y > z)] in [0, 1]; the opponent is the reference by default.
+
+    >>> from nlhf.tabular import MatrixGame, Tabular
+    >>> game = MatrixGame.rock_paper_scissors()
+    >>> paper_beaten = Tabular(np.log([1 - 2e-12, 1e-12, 1e-12]))
+    >>> win_rate(paper_beaten, game, Tabular(np.log([1e-12, 1 - 2e-12, 1e-12])))
+    0.999999999998
+    """
+    other = game.reference if opponent is None else opponent
+    p, q = np.exp(table(policy)), np.exp(table(other))
+    return _over_prompts(np.sum(p * game.versus(q), axis=-1), game.prompt_weights)
+
+
+def best_response(policy: Policy, game: Any, tau: float) -> Floats:
+    """(n,) or (X, n) log BR(y) = log mu(y) + P(y > pi) / tau - log Z, the best reply to the policy; tau > 0."""
+    check_tau(tau, positive=True)
+    return np.asarray(log_softmax(table(game.reference) + game.versus(np.exp(table(policy))) / tau, axis=-1))
+
+
+def duality_gap(policy: Policy, game: Any, tau: float) -> float:
+    """How much the best response gains: the certificate of a regularised equilibrium, computed from the policy alone.
+
+        gap(pi) = max_pi' P_tau(pi' > pi) - 1/2
+                = tau log sum_y mu(y) exp(P(y > pi) / tau) + tau KL(pi, mu) - 1/2 = tau KL(pi, BR(pi))
+
+    Zero exactly at the equilibrium pi*, and KL(pi, pi*) <= gap / tau. The two-player gap of (pi, pi), which some
+    papers report, is twice this. With tau = 0 it is the exploitability max_y P(y > pi) - 1/2.
+
+    Args:
+        policy: any policy whose responses can be listed.
+        game: a `MatrixGame`.
+        tau: KL strength >= 0.
+
+    Raises ValueError if tau < 0.
+
+    >>> from nlhf.tabular import MatrixGame
+    >>> game = MatrixGame.cyclic(3, 5 / 9, reference=[0.6, 0.3, 0.1])
+    >>> round(duality_gap(game.reference, game, tau=0.1), 11)
+    0.00157621432
+    """
+    if check_tau(tau) == 0:
+        against = game.versus(np.exp(table(policy)))
+        return _over_prompts(against.max(axis=-1) - 0.5, game.prompt_weights)
+    return tau * _over_prompts(_kl(table(policy), best_response(policy, game, tau)), game.prompt_weights)
+
+
+def kl_from(target: Policy, name: str = "kl_from_target") -> Metric:
+    """The metric KL(target, policy), for instance from the equilibrium, under a name of your choice."""
+
+    def metric(policy: Policy, game: Any, tau: float) -> float:
+        return kl(target, policy, game.prompt_weights)
+
+    metric.__name__ = name
+    return metric
+
+
+def win_rate_over(opponent: Policy | None = None, name: str = "win_rate") -> Metric:
+    """The metric P(policy > opponent); the opponent is the reference by default."""
+
+    def metric(policy: Policy, game: Any, tau: float) -> float:
+        return win_rate(policy, game, opponent)
+
+    metric.__name__ = name
+    return metric
+
+
+def gap_from_kl(kl: float, tau: float) -> float:
+    """What KL(pi*, pi) = kl implies for the duality gap of a policy with span(log pi / mu) <= 1 / tau.
+
+        gap(pi) <= [tau c(2 / tau) + 1 / (4 tau)] KL(pi*, pi),   c(s) = (s e^s - e^s + 1) / (e^s - 1 - s)
+
+    Every algorithm here that starts from the reference stays within that span. Proof: gap <= tau KL(pi, pi*) +
+    |pi - pi*|_1^2 / (8 tau); the last term is at most KL(pi*, pi) / (4 tau) by Pinsker; and log(pi / pi*) <= 2 / tau =: s
+    because both log-ratios to mu change sign and span at most 1 / tau, so that KL(pi, pi*) <= c(s) KL(pi*, pi), c(log r)
+    being the ratio of the two integrands r log r - r + 1 and r - 1 - log r, which grows with r.
+    """
+    s = 2 / check_tau(tau, positive=True)
+    # both sides times e^-s, which may be 0 but never overflows
+    c = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s))
+    return float((tau * c + 1 / (4 * tau)) * kl)
+
+
+class Estimate(NamedTuple):
+    """A number with a bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def estimated_gap(
+    win: Floats, log_ratio: Floats, tau: float, rng: np.random.Generator, level: float = 0.9, resamples: int = 1000
+) -> Estimate:
+    """The duality gap of a policy whose responses cannot be listed, from samples, with a bootstrap interval.
+
+        gap ≈ tau log mean_i exp(mean_j win[x, i, j] / tau) + tau mean_j log_ratio[x, j] - 1/2,  averaged over x
+
+    Bias: DOWN, because the best response is sought among the N reference samples only (the logarithm of a mean is
+    low, Jensen): with tau far below 1 / log N read the value as a lower bound. The noise of the M policy samples inside
+    the exponential pushes UP, by about Var(win) / (2 tau M). The interval shows the noise of both samples; it cannot
+    show responses that no sample holds.
+
+    Args:
+        win: (X, N, M) P(y_i > z_j | x), y_i from the reference, z_j from the policy.
+        log_ratio: (X, M) log pi(z_j | x) - log mu(z_j | x), in nats.
+        tau: KL strength > 0.
+        rng: randomness of the bootstrap; both sets of samples are resampled, prompts are kept.
+        level: coverage of the interval.
+        resamples: bootstrap replications.
+
+    Raises ValueError for shapes that do not fit or values that are not finite.
+
+    >>> rng = np.random.default_rng(0)
+    >>> estimated_gap(np.full((1, 4, 4), 0.5), np.zeros((1, 4)), tau=0.1, rng=rng)
+    Estimate(value=0.0, low=0.0, high=0.0)
+    """
+    check_tau(tau, positive=True)
+    if win.ndim != 3 or log_ratio.shape != (win.shape[0], win.shape[2]):
+        raise ValueError(f"log_ratio must be (X, M) and win (X, N, M), got {log_ratio.shape} and {win.shape}")
+    if not (np.isfinite(log_ratio).all() and ((win >= 0) & (win <= 1)).all()):
+        raise ValueError("win must hold probabilities and log_ratio finite numbers, got NaN, inf or a number outside [0, 1]")
+
+    def gap(by_reference: Floats, by_policy: Floats) -> Floats:
+        """Gaps of the resamples given how often each sample was drawn, (R, X, N) and (R, X, M), as shares."""
+        against = np.einsum("xnm,rxm->rxn", win, by_policy)
+        value = tau * logsumexp(against / tau, b=by_reference, axis=-1) + tau * np.sum(log_ratio * by_policy, axis=-1)
+        return np.mean(value - 0.5, axis=-1)
+
+    (X, N, M) = win.shape
+    value = gap(np.full((1, X, N), 1 / N), np.full((1, X, M), 1 / M))[0]
+    drawn = gap(
+        rng.multinomial(N, np.full(N, 1 / N), size=(resamples, X)) / N,
+        rng.multinomial(M, np.full(M, 1 / M), size=(resamples, X)) / M,
+    )
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(value), float(low), float(high))
+
+
+def _kl(p: Floats, q: Floats) -> Floats:
+    """Row-wise KL of log-probabilities as sum p (e^d - 1 - d), d = log q - log p: no term is negative, none cancels."""
+    nothing = np.isneginf(p)
+    d = q - np.where(nothing, 0.0, p)
+    near = np.exp(p) * (np.expm1(np.minimum(d, 1.0)) - d)
+    far = np.exp(q) - np.exp(p) * np.where(nothing, 0.0, 1 + d)  # where e^d could overflow
+    terms = np.where((d > 1) | nothing, far, near)
+    return np.asarray(np.sum(terms, axis=-1))
+
+
+def _over_prompts(values: Any, weights: Floats | None) -> float:
+    return float(np.mean(values) if weights is None else np.sum(np.asarray(values) * weights))

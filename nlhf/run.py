@@ -1,0 +1,207 @@
+"""The loop, its record, and checkpoints that resume to the last bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nlhf.core import Algorithm, Info, Policy, Prox, Solve
+from nlhf.metrics import Metric, duality_gap
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run did: the record, the last state, and what is needed to do it again."""
+
+    config: dict[str, Any]
+    """algorithm, solver, seed: the columns that are the same in every row."""
+    records: tuple[tuple[int, str, float], ...]
+    """(step, metric, value), one row per metric and recorded step; step 0 is the initial policy."""
+    state: Any
+    """The algorithm's last state: `algorithm.step` goes on from here."""
+    seconds: float = field(compare=False)
+    """Time spent in `algorithm.step`, without metrics."""
+
+    @property
+    def policy(self) -> Any:
+        """The last policy."""
+        return self.state.policy
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """Tidy table, one row per step and metric, with the columns of `config` in front."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.records, columns=["step", "metric", "value"])
+        for name, value in reversed(self.config.items()):
+            frame.insert(0, name, value)
+        return frame
+
+    def values(self, metric: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """(steps, values) of one metric. KeyError names the metrics there are."""
+        rows = [(step, value) for step, name, value in self.records if name == metric]
+        if not rows:
+            raise KeyError(f"no metric {metric!r} in this trace, there are {sorted({m for _, m, _ in self.records})}")
+        steps, values = zip(*rows, strict=True)
+        return np.array(steps), np.array(values)
+
+    def plot(self, metric: str = "duality_gap", ax: Axes | None = None, **style: Any) -> Axes:
+        """The metric against the iteration, log-log, on `ax` or a new figure."""
+        from nlhf.plotting import curve
+
+        return curve(*self.values(metric), metric, ax=ax, **style)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `trace.csv` (tidy) and `config.json` in the folder `path`, each atomically."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "trace.csv", self.frame.to_csv(index=False).encode())
+        write_atomically(folder / "config.json", json.dumps(self.config, indent=2).encode())
+
+
+def run(
+    algorithm: Algorithm,
+    solver: Any,
+    steps: int,
+    *,
+    policy: Policy | None = None,
+    metrics: Sequence[Metric] = (duality_gap,),
+    every: int = 1,
+    seed: int = 0,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Trace:
+    """Run an algorithm with a solver and record how it goes.
+
+    Args:
+        algorithm: any `nlhf.core.Algorithm`.
+        solver: answers the algorithm's sub-problems and holds the game, `solver.game`.
+        steps: number of iterations, >= 0.
+        policy: where to start; `solver.init()` by default, which is the reference.
+        metrics: functions (policy, game, tau) -> float, recorded by name next to the solver's own
+            `prox_residual` and `oracle_calls` (cumulative).
+        every: record every so many steps; the first and the last are always recorded.
+        seed: >= 0. The randomness of step t depends on (seed, t) alone.
+        progress: show a progress bar; by default on a terminal and not in a pipe.
+        checkpoint: a file, written at every recorded step and read if it is there: the run goes on from it and
+            ends as if it had never stopped, to the last bit.
+
+    Raises ValueError for bad arguments, before any work; FloatingPointError if a metric is not a number.
+
+    >>> from nlhf import MirrorProx
+    >>> from nlhf.tabular import ExactSolver, MatrixGame
+    >>> trace = run(MirrorProx(eta=2, tau=0.1), ExactSolver(MatrixGame.random(64, seed=0)), steps=100)
+    >>> steps, gaps = trace.values("duality_gap")
+    >>> bool(gaps[-1] < 1e-12 < gaps[0])
+    True
+    """
+    for name, value, least in (("steps", steps, 0), ("every", every, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    names = [metric.__name__ for metric in metrics]
+    if len(set(names)) < len(names) or "<lambda>" in names:
+        raise ValueError(f"metrics must have distinct names of their own (__name__), got {names}")
+    state = algorithm.init(solver.init() if policy is None else policy)
+    config = {"algorithm": repr(algorithm), "solver": repr(solver), "seed": seed}
+    records: list[tuple[int, str, float]] = []
+    start, info, file = 0, Info(), None if checkpoint is None else Path(checkpoint)
+
+    def record(t: int) -> None:
+        measured = {metric.__name__: float(metric(state.policy, solver.game, algorithm.tau)) for metric in metrics}
+        measured |= {"prox_residual": info.prox_residual, "oracle_calls": info.oracle_calls}
+        for name, value in measured.items():
+            if np.isnan(value):
+                raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
+            records.append((t, name, value))
+
+    if file is not None and file.exists():
+        start, state, records, info = _load(file, config, state)
+    elif file is not None and not os.access(file.parent, os.W_OK):
+        raise ValueError(f"checkpoint must be in a folder that can be written, got {file}")
+    else:
+        record(0)
+    seconds = 0.0
+    shown = sys.stderr.isatty() if progress is None else progress
+    for t in tqdm(range(start, steps), initial=start, total=steps, disable=not shown, desc=type(algorithm).__name__):
+        began = perf_counter()
+        state, spent = algorithm.step(state, seeded(solver, seed, t))
+        seconds += perf_counter() - began
+        info = Info(spent.prox_residual, info.oracle_calls + spent.oracle_calls)
+        if (t + 1) % every == 0 or t + 1 == steps:
+            record(t + 1)
+            if file is not None:
+                _save(file, config, state, t + 1, records, info)
+    return Trace(config, tuple(records), state, seconds)
+
+
+def seeded(solver: Any, seed: int, t: int) -> Solve:
+    """`solver` with the randomness of iteration t: every call within the iteration draws its own.
+
+    Use it in a loop of your own: `state, info = algorithm.step(state, seeded(solver, seed, t))`.
+    """
+    calls: Iterator[int] = iter(range(sys.maxsize))
+
+    def solve(prox: Prox, start: Policy) -> tuple[Any, Info]:
+        # 63 bits, the range of torch.Generator.manual_seed
+        drawn = np.random.SeedSequence((seed, t, next(calls))).generate_state(1, np.uint64)[0] >> 1
+        return solver(prox, start, int(drawn))  # type: ignore[no-any-return]
+
+    return solve
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the whole file or nothing: a reader, or a kill, never meets half of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _save(file: Path, config: dict[str, Any], state: Any, t: int, records: list[Any], info: Info) -> None:
+    arrays = {
+        f"{name}.{key}": array
+        for name, value in state._asdict().items()
+        if not isinstance(value, int)
+        for key, array in value.arrays().items()
+    }
+    about = json.dumps({"config": config, "t": t, "records": records, "info": [info.prox_residual, info.oracle_calls]})
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, about=np.array(about), **arrays)
+    write_atomically(file, buffer.getvalue())
+
+
+def _load(file: Path, config: dict[str, Any], state: Any) -> tuple[int, Any, list[tuple[int, str, float]], Info]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        about = json.loads(str(arrays.pop("about")))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {file} cannot be read: {error}") from None
+    if about["config"] != config:
+        raise ValueError(f"checkpoint {file} is of another run: {about['config']}, this one is {config}")
+    fields = {}
+    for name, value in state._asdict().items():
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+        fields[name] = about["t"] if isinstance(value, int) else value.replace(own)
+    return about["t"], type(state)(**fields), [tuple(row) for row in about["records"]], Info(*about["info"])
