@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     win: Tensor
     """(B, n) P(y > opponent), summed over signed opponents."""
     eta: float
+    calls: int
+    """Win probabilities looked up for `win`."""
 
 
 Loss: TypeAlias = Callable[[Tensor, Batch], Tensor]
@@ -32,16 +34,14 @@ Loss: TypeAlias = Callable[[Tensor, Batch], Tensor]
 
 
 def variance(log_prob: Tensor, batch: Batch) -> Tensor:
-    """Var_{y ~ m}[log pi(y) - log anchor(y) - eta P(y > opponent)], times n / (n - 1): unbiased for n samples.
+    """Var_{y ~ m}[log pi(y) - log anchor(y) - eta P(y > opponent)]; its gradient on n samples is (n - 1) / n of it.
 
     Any law m will do, none is corrected for: AGRO, CoPG, REBEL, and SPPO up to its fixed constant.
 
     Source: Tang et al. 2025, arXiv:2503.19612; Flet-Berliac et al. 2024, arXiv:2406.19185.
     """
     d = log_prob - batch.log_anchor - batch.eta * batch.win
-    spread = (batch.weight * (d - (batch.weight * d).sum(-1, keepdim=True)) ** 2).sum(-1)
-    # For equal weights 1 / n this is the factor n / (n - 1); a listed law takes the factor along as a constant.
-    return spread / (1 - (batch.weight**2).sum(-1))
+    return (batch.weight * (d - (batch.weight * d).sum(-1, keepdim=True)) ** 2).sum(-1)
 
 
 def logistic(log_prob: Tensor, batch: Batch) -> Tensor:

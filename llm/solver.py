@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -11,45 +11,35 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adam, Optimizer
 
-from nlhf.core import Game, Info, Mixture, Prox
+from nlhf.core import Info, Mixture, Prox
 from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, variance
 from nlhf.llm.policy import TokenMixture, TokenPolicy
 
 P = TypeVar("P", bound=TokenPolicy)
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
+HeldOut: TypeAlias = tuple[Batch, Batch]
+"""Responses that are not fitted, judged twice, against separate opponents."""
 
 
 @dataclass(frozen=True)
 class Enumerate:
     """Expectations as sums over all responses: exact, where they can be listed."""
 
-    def batch(self, prox: Prox, game: Any, generator: torch.Generator | None) -> Batch:
-        """All responses, weighted by the average of the policies in the anchor."""
-        laws = [policy.log_prob(..., ...) for policy, weight in prox.anchor.parts if weight]
-        log_law = torch.stack(laws).logsumexp(0) - np.log(len(laws))
-        matrix = self.pairs(game, ..., ...).to(log_law)
-        win = sum(
-            weight * (matrix @ opponent.log_prob(..., ...).softmax(-1)[..., None]).squeeze(-1)
-            for opponent, weight in prox.opponents
-        )
-        anchor = torch.as_tensor(prox.anchor.log_prob(..., ...))
-        return Batch(..., ..., log_law, log_law.exp(), anchor, torch.as_tensor(win), prox.eta)
+    def batches(self, prox: Prox, game: Any, generator: torch.Generator | None) -> tuple[Batch, HeldOut]:
+        """All responses, under the average of the policies in the anchor, twice: nothing can be held out."""
+        log_law, anchor = _law_and_anchor(prox, ..., ...)
+        matrix = torch.tensor(game.win_prob(..., ..., ...)).to(anchor)
+        win = torch.zeros_like(anchor)
+        for opponent, weight in prox.opponents:
+            win += weight * (matrix @ opponent.log_prob(..., ...).softmax(-1)[..., None]).squeeze(-1)
+        calls = len(prox.opponents) * int(game.matrix.size)
+        batch = Batch(..., ..., log_law, log_law.exp(), anchor, win, prox.eta, calls)
+        again = batch._replace(calls=0)
+        return batch, (again, again)
 
-    def residual(self, policy: TokenPolicy, prox: Prox, game: Any, generator: torch.Generator | None) -> float:
-        """Standard deviation of log pi - log answer under the law of `batch`, in nats, averaged over prompts."""
-        batch = self.batch(prox, game, generator)
-        d = policy.log_prob(..., ...) - batch.log_anchor - batch.eta * batch.win
-        spread = (batch.weight * (d - (batch.weight * d).sum(-1, keepdim=True)) ** 2).sum(-1)
-        return float((spread @ _prompt_weights(game).to(spread)) ** 0.5)
-
-    def calls(self, prox: Prox, game: Any) -> int:
-        """Win probabilities that one batch looks up."""
-        return len(prox.opponents) * int(game.matrix.size)
-
-    @staticmethod
-    def pairs(game: Game, y: Any, z: Any) -> Tensor:
-        """(X, n, m) P(y > z) for all prompts."""
-        return torch.from_numpy(np.array(game.win_prob(..., y, z)))
+    def held_out(self, prox: Prox, game: Any, generator: torch.Generator | None) -> HeldOut:
+        """All responses: nothing can be held out."""
+        return self.batches(prox, game, generator)[1]
 
 
 @dataclass(frozen=True)
@@ -58,13 +48,16 @@ class Sample:
 
     Responses are drawn in equal parts from the policies that the anchor mixes (for Nash-MD the current policy and the
     reference), so that no response that either of them knows is starved. An opponent that is a geometric mixture
-    is decoded token by token, `TokenMixture`, which is another law.
+    is decoded token by token, `TokenMixture`, which is another law. A quarter as many responses again are held
+    out to measure `prox_residual`.
 
     Args:
         n: responses per prompt, at least 2.
-        opponents: responses of the opponent per prompt; n by default.
+        opponents: responses of the opponent per prompt, at least 2; n by default.
         correct: weigh the samples of a mixture by `TokenMixture.log_weight`, self-normalised, so that they stand for
             the mixture of whole responses. Right for short responses; for long ones a few weights take all.
+
+    Raises ValueError for fewer than two.
     """
 
     n: int
@@ -81,61 +74,56 @@ class Sample:
         """Responses of the opponent per prompt."""
         return self.n if self.opponents is None else self.opponents
 
-    @torch.no_grad()
-    def batch(self, prox: Prox, game: Any, generator: torch.Generator) -> Batch:
-        """Responses from the parts of the anchor, judged against responses of the opponent."""
-        y = self.responses(prox, game, generator)
-        laws = [policy.log_prob(game.prompts, y) for policy, weight in prox.anchor.parts if weight]
-        log_law = torch.stack(laws).logsumexp(0) - np.log(len(laws))
-        (win,) = self.win(prox, game, y, generator)
-        anchor = torch.as_tensor(prox.anchor.log_prob(game.prompts, y))
-        weight = torch.full_like(log_law, 1 / self.n)
-        return Batch(game.prompts, y, log_law, weight, anchor, win.to(log_law), prox.eta)
+    def batches(self, prox: Prox, game: Any, generator: torch.Generator) -> tuple[Batch, HeldOut]:
+        """Responses to fit and responses held out, decoded together."""
+        (batch,), (one, two) = self._blocks(prox, game, generator, [(self.n, [self.m]), self._held])
+        return batch, (one, two)
 
-    def responses(self, prox: Prox, game: Any, generator: torch.Generator) -> Any:
-        """(B, n) responses, in equal parts from the policies that the anchor mixes."""
+    def held_out(self, prox: Prox, game: Any, generator: torch.Generator) -> HeldOut:
+        """A quarter as many responses, judged against two groups of an eighth as many opponents."""
+        ((one, two),) = self._blocks(prox, game, generator, [self._held])
+        return one, two
+
+    @property
+    def _held(self) -> tuple[int, list[int]]:
+        return max(4, self.n // 4), [max(2, self.m // 8)] * 2
+
+    @torch.no_grad()
+    def _blocks(
+        self, prox: Prox, game: Any, generator: torch.Generator, sizes: list[tuple[int, list[int]]]
+    ) -> list[list[Batch]]:
+        """For every (n, groups) n fresh responses, and a batch of them against each group of fresh opponents."""
+        x = game.prompts
         parts = [policy for policy, weight in prox.anchor.parts if weight]
-        share = [self.n // len(parts) + (i < self.n % len(parts)) for i in range(len(parts))]
-        drawn = [p.sample(game.prompts, k, generator)[0] for p, k in zip(parts, share, strict=True) if k]
-        return torch.cat(drawn, 1)
-
-    def draw(self, policy: Any, x: Any, n: int, generator: torch.Generator) -> tuple[Any, Tensor]:
-        """n responses (B, n) of a policy or a mixture and their weights (B, n), rows summing to one."""
-        mixture = TokenMixture.of(policy)
-        z, log_prob = mixture.sample(x, n, generator)
-        if self.correct and len(mixture.parts) > 1:
-            return z, mixture.log_weight(x, z).softmax(-1)
-        return z, torch.full_like(log_prob, 1 / n)
-
-    def win(self, prox: Prox, game: Any, y: Any, generator: torch.Generator, estimates: int = 1) -> list[Tensor]:
-        """Estimates, (B, n) each, of P(y > opponent), from separate opponents: m of them shared out evenly."""
-        totals = [torch.zeros(())] * estimates
-        for policy, weight in prox.opponents:
-            for i in range(estimates):
-                z, share = self.draw(policy, game.prompts, max(1, self.m // estimates), generator)
-                win = torch.as_tensor(game.win_prob(game.prompts, y, z)).to(share)
-                totals[i] = totals[i] + weight * (win @ share[..., None]).squeeze(-1)
-        return totals
+        shares = [[n // len(parts) + (i < n % len(parts)) for n, _ in sizes] for i in range(len(parts))]
+        drawn = [part.sample(x, sum(s), generator)[0].split(s, 1) for part, s in zip(parts, shares, strict=True)]
+        wanted = [m for _, groups in sizes for m in groups]
+        against = [(self.draw(policy, x, wanted, generator), weight) for policy, weight in prox.opponents]
+        blocks, k = [], 0
+        for (n, groups), *pieces in zip(sizes, *drawn, strict=True):
+            y = torch.cat(pieces, 1)
+            log_law, anchor = _law_and_anchor(prox, x, y)
+            block = []
+            for m in groups:
+                win = torch.zeros_like(anchor)
+                for opponents, weight in against:
+                    z, share = opponents[k]
+                    judged = torch.as_tensor(game.win_prob(x, y, z)).to(anchor)
+                    win += weight * (judged @ share.to(anchor)[..., None]).squeeze(-1)
+                calls = len(x) * len(against) * n * m
+                block.append(Batch(x, y, log_law, torch.full_like(anchor, 1 / n), anchor, win, prox.eta, calls))
+                k += 1
+            blocks.append(block)
+        return blocks
 
     @torch.no_grad()
-    def residual(self, policy: TokenPolicy, prox: Prox, game: Any, generator: torch.Generator) -> float:
-        """Standard deviation of log pi - log answer on a quarter as many fresh responses, in nats.
-
-        The covariance of the errors against two separate halves of the opponents: the noise of judging cancels
-        in expectation, so that a perfect solve measures zero and not the noise.
-        """
-        held_out = replace(self, n=max(4, self.n // 4), opponents=max(4, self.m // 4))
-        y = held_out.responses(prox, game, generator)
-        error = policy.log_prob(game.prompts, y) - torch.as_tensor(prox.anchor.log_prob(game.prompts, y))
-        one, two = (error - prox.eta * win for win in held_out.win(prox, game, y, generator, estimates=2))
-        covariance = ((one - one.mean(-1, keepdim=True)) * (two - two.mean(-1, keepdim=True))).sum(-1)
-        spread = covariance / (held_out.n - 1)
-        return float((spread @ _prompt_weights(game).to(spread)).clamp(min=0.0) ** 0.5)
-
-    def calls(self, prox: Prox, game: Any) -> int:
-        """Win probabilities that one batch and its held-out check look up."""
-        held_out = max(4, self.n // 4) * (max(4, self.m // 4) // 2 * 2)
-        return len(game.prompts) * len(prox.opponents) * (self.n * self.m + held_out)
+    def draw(self, policy: Any, x: Any, groups: list[int], generator: torch.Generator) -> list[tuple[Any, Tensor]]:
+        """Groups of responses (B, m) of a policy or mixture, decoded together, and their weights, rows summing to one."""
+        mixture = TokenMixture.of(policy)
+        z, log_prob = mixture.sample(x, sum(groups), generator)
+        corrected = self.correct and len(mixture.parts) > 1
+        log_weight = mixture.log_weight(x, z) if corrected else torch.zeros_like(log_prob)
+        return [(y, w.softmax(-1)) for y, w in zip(z.split(groups, 1), log_weight.split(groups, 1), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -169,15 +157,13 @@ class RegressionSolver:
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         generator = _generator(self.expectation, seed)
-        batch = self.expectation.batch(prox, self.game, generator)  # type: ignore[arg-type]
-        prompts = _prompt_weights(self.game)
+        batch, held_out = self.expectation.batches(prox, self.game, generator)  # type: ignore[arg-type]
 
         def loss(policy: P) -> Tensor:
-            losses = self.loss(policy.log_prob(batch.x, batch.y), batch)
-            return losses @ prompts.to(losses)
+            return _over_prompts(self.loss(policy.log_prob(batch.x, batch.y), batch), self.game)
 
         policy = _fit(start, loss, self.steps, self.optimizer)
-        return policy, _info(self, policy, prox, generator, batches=1)
+        return policy, _info(policy, held_out, self.game, batch.calls)
 
 
 @dataclass(frozen=True)
@@ -187,9 +173,9 @@ class ContrastiveSolver:
     Args:
         game, expectation, steps, optimizer: as in `RegressionSolver`.
 
-    Raises ValueError for an opponent that is not a policy but a signed list of them.
+    Raises ValueError for an opponent that is a signed list of policies, from which no pair can be drawn.
 
-    Source: `losses.ipo`.
+    Source: `nlhf.llm.losses.ipo`.
     """
 
     game: Any
@@ -202,37 +188,35 @@ class ContrastiveSolver:
             raise ValueError("pairs cannot be drawn from a signed list of opponents: use RegressionSolver")
         generator, game = _generator(self.expectation, seed), self.game
         if isinstance(self.expectation, Sample):
-            assert generator is not None
             x = game.prompts
-            with torch.no_grad():
-                y, weight = self.expectation.draw(prox.opponent, x, self.expectation.n, generator)
-            win = torch.as_tensor(game.win_prob(x, y, y)).to(weight)
+            ((y, weight),) = self.expectation.draw(prox.opponent, x, [self.expectation.n], generator)  # type: ignore[arg-type]
         else:
             x = y = ...
             weight = prox.opponent.log_prob(..., ...).softmax(-1)
-            win = Enumerate.pairs(game, ..., ...).to(weight)
-        anchor, prompts = torch.as_tensor(prox.anchor.log_prob(x, y)), _prompt_weights(game)
+        win = torch.tensor(game.win_prob(x, y, y)).to(weight)
+        with torch.no_grad():
+            anchor = torch.as_tensor(prox.anchor.log_prob(x, y))
 
         def loss(policy: P) -> Tensor:
-            losses = ipo(policy.log_prob(x, y) - anchor, win, weight, prox.eta)
-            return losses @ prompts.to(losses)
+            return _over_prompts(ipo(policy.log_prob(x, y) - anchor, win, weight, prox.eta), game)
 
         policy = _fit(start, loss, self.steps, self.optimizer)
-        return policy, _info(self, policy, prox, generator, batches=1)
+        held_out = self.expectation.held_out(prox, game, generator)  # type: ignore[arg-type]
+        return policy, _info(policy, held_out, game, win.numel())
 
 
 @dataclass(frozen=True)
 class PolicyGradientSolver:
     """Ascend E[P(y > opponent)] - KL(pi, anchor) / eta itself, y ~ pi.
 
-    With `Enumerate()` the objective is summed exactly; with `Sample(n)` every step draws n fresh responses of the policy
-    as it is then, and their opponents, and takes the unbiased gradient of `losses.policy_gradient`.
+    With `Enumerate()` the objective is summed exactly; with `Sample(n)` every step draws n fresh responses of the
+    policy as it is then, and fresh opponents, and takes the unbiased gradient of `losses.policy_gradient`.
     One step of it on `NashMD` is Nash-MD-PG.
 
     Args:
         game, expectation, steps: as in `RegressionSolver`.
-        optimizer: L-BFGS with a line search by default where the objective is exact, Adam with step 1e-2 where it is
-            sampled.
+        optimizer: L-BFGS with a line search by default where the objective is exact, Adam with step size 1e-2 where it
+            is sampled.
     """
 
     game: Any
@@ -242,37 +226,46 @@ class PolicyGradientSolver:
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         generator, game, expectation = _generator(self.expectation, seed), self.game, self.expectation
-        prompts = _prompt_weights(game)
         if isinstance(expectation, Sample):
-            assert generator is not None
-
-            def loss(policy: P) -> Tensor:
-                with torch.no_grad():
-                    y, _ = policy.sample(game.prompts, expectation.n, generator)
-                    (win,) = expectation.win(prox, game, y, generator)
-                    anchor = torch.as_tensor(prox.anchor.log_prob(game.prompts, y))
-                losses = policy_gradient(policy.log_prob(game.prompts, y), anchor, win.to(anchor), prox.eta)
-                return losses @ prompts.to(losses)
-
-            policy = _fit(start, loss, self.steps, self.optimizer or _adam)
+            held_out = expectation.held_out(prox, game, generator)  # type: ignore[arg-type]
+            policy = _fit(start, self._sampled(prox, generator), self.steps, self.optimizer or _adam)  # type: ignore[arg-type]
+            calls = self.steps * len(game.prompts) * len(prox.opponents) * expectation.n * expectation.m
         else:
-            batch = expectation.batch(prox, game, None)
+            batch, held_out = expectation.batches(prox, game, None)
+            calls = batch.calls
 
             def loss(policy: P) -> Tensor:
                 log_prob = policy.log_prob(..., ...)
-                gains = log_prob.exp() * (batch.win - (log_prob - batch.log_anchor) / prox.eta)
-                return -(gains.sum(-1) @ prompts.to(gains))
+                gain = batch.win - (log_prob - batch.log_anchor) / prox.eta
+                return -_over_prompts((log_prob.exp() * gain).sum(-1), game)
 
             policy = _fit(start, loss, self.steps, self.optimizer)
-        return policy, _info(self, policy, prox, generator, batches=self.steps)
+        return policy, _info(policy, held_out, game, calls)
+
+    def _sampled(self, prox: Prox, generator: torch.Generator) -> Callable[[P], Tensor]:
+        game, expectation = self.game, self.expectation
+        assert isinstance(expectation, Sample)
+
+        def loss(policy: P) -> Tensor:
+            x = game.prompts
+            with torch.no_grad():
+                y, _ = policy.sample(x, expectation.n, generator)
+                anchor = torch.as_tensor(prox.anchor.log_prob(x, y))
+                win = torch.zeros_like(anchor)
+                for opponent, weight in prox.opponents:
+                    ((z, share),) = expectation.draw(opponent, x, [expectation.m], generator)
+                    judged = torch.as_tensor(game.win_prob(x, y, z)).to(anchor)
+                    win += weight * (judged @ share.to(anchor)[..., None]).squeeze(-1)
+            return _over_prompts(policy_gradient(policy.log_prob(x, y), anchor, win, prox.eta), game)
+
+        return loss
 
 
 def _fit(start: P, loss: Callable[[P], Tensor], steps: int, optimizer: MakeOptimizer | None) -> P:
     """The policy that `steps` of the optimiser make of `start`, which is left as it is."""
     params = {name: p.detach().clone().requires_grad_() for name, p in start.params.items()}
     policy = start.with_params(params)
-    make = optimizer or _lbfgs(steps)
-    searcher = make(list(params.values()))
+    searcher = (optimizer or _lbfgs(steps))(list(params.values()))
 
     def closure() -> Tensor:
         searcher.zero_grad()
@@ -310,15 +303,31 @@ def _generator(expectation: Enumerate | Sample, seed: int | None) -> torch.Gener
     if isinstance(expectation, Enumerate):
         return None
     if seed is None:
-        raise ValueError("a solver that samples needs a seed: call it through nlhf.run, or nlhf.run.seeded")
+        raise ValueError("a solver that samples needs a seed: call it through nlhf.run or nlhf.run.seeded")
     return torch.Generator().manual_seed(seed)
 
 
-def _prompt_weights(game: Any) -> Tensor:
-    return torch.from_numpy(np.ravel(game.prompt_weights))
+def _law_and_anchor(prox: Prox, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """(B, n) log-probabilities of the average of the anchor's parts and, from the same numbers, of the anchor."""
+    scored = [(torch.as_tensor(policy.log_prob(x, y)), weight) for policy, weight in prox.anchor.parts if weight]
+    law = torch.stack([log_prob for log_prob, _ in scored]).logsumexp(0) - np.log(len(scored))
+    return law, torch.stack([weight * log_prob for log_prob, weight in scored]).sum(0)
 
 
-def _info(solver: Any, policy: TokenPolicy, prox: Prox, generator: torch.Generator | None, batches: int) -> Info:
-    with torch.no_grad():
-        residual = solver.expectation.residual(policy, prox, solver.game, generator)
-    return Info(residual, solver.expectation.calls(prox, solver.game))
+def _over_prompts(values: Tensor, game: Any) -> Tensor:
+    return values @ torch.from_numpy(np.ravel(game.prompt_weights)).to(values)
+
+
+@torch.no_grad()
+def _info(policy: TokenPolicy, held_out: HeldOut, game: Any, calls: int) -> Info:
+    """The residual is the covariance of the errors against two groups of opponents: the noise of judging cancels in
+    expectation, so that a perfect solve measures zero and not the noise."""
+    one, two = held_out
+    log_prob = policy.log_prob(one.x, one.y) - one.log_anchor
+    first, second = log_prob - one.eta * one.win, log_prob - two.eta * two.win
+    weight = one.weight
+    first, second = (d - (weight * d).sum(-1, keepdim=True) for d in (first, second))
+    spread = (weight * first * second).sum(-1)
+    if one is not two:  # samples: the mean was estimated from them
+        spread = spread / (1 - 1 / weight.shape[-1])
+    return Info(float(_over_prompts(spread, game).clamp(min=0.0)) ** 0.5, calls + one.calls + two.calls)

@@ -72,12 +72,15 @@ class TinyTransformer(TokenPolicy):
         self.params = {name: _initial(name, p, dtype, generator) for name, p in self.network.named_parameters()}
 
     def next_log_probs(self, x: Any, y: Any) -> Tensor:
-        """(B, n, T, V) log pi(. | x, y_<t); with y = ... one row of the decoder serves the V responses of a prefix."""
+        """(B, n, T, V) log pi(. | x, y_<t)."""
         prompts = torch.arange(len(self.base))[x]
-        if y is ...:
-            prefixes = torch.arange(-(-self.n // self.vocab)).expand(len(prompts), -1) * self.vocab
-            return self._after_prefixes(prompts, prefixes)[:, torch.arange(self.n) // self.vocab]
-        return self._after_prefixes(prompts, torch.as_tensor(y))
+        y = torch.arange(self.n).expand(len(prompts), -1) if y is ... else torch.as_tensor(y)
+        families = -(-self.n // self.vocab)
+        if y.shape[1] <= families:
+            return self._after_prefixes(prompts, y)
+        # One row of the decoder serves the V responses that differ in their last token only.
+        rows = self._after_prefixes(prompts, self.vocab * torch.arange(families).expand(len(prompts), -1))
+        return rows[torch.arange(len(prompts))[:, None], y // self.vocab]
 
     def _after_prefixes(self, prompts: Tensor, y: Tensor) -> Tensor:
         tokens = self.spell(y)[..., :-1].flatten(0, 1)

@@ -137,6 +137,11 @@ class Regularized:
         check_eta(self.eta)
         check_tau(self.tau)
 
+    @classmethod
+    def default(cls, tau: float) -> Any:
+        """The algorithm with the step size that theory recommends."""
+        raise NotImplementedError
+
     def init(self, policy: Policy) -> Any:
         """The state at t = 0; the reference is the frozen initial policy."""
         return State(policy, policy.freeze())

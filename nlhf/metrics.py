@@ -5,7 +5,7 @@ Functions that take a game average over its prompts with `game.prompt_weights`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,8 +17,8 @@ from nlhf.schedules import check_tau
 
 Floats: TypeAlias = NDArray[np.float64]
 
-Metric: TypeAlias = Callable[[Any, Any, float], float]
-"""`metric(policy, game, tau)`, recorded by `nlhf.run` under its `__name__`."""
+Metric: TypeAlias = Callable[[Any, Any, float], float | Mapping[str, float]]
+"""`metric(policy, game, tau)`: a number that `nlhf.run` records under the metric's `__name__`, or numbers by name."""
 
 
 def table(policy: Policy) -> Floats:

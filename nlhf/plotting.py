@@ -1,2 +1,80 @@
-"""Figures: log-log, colour-blind-safe, and told apart in grey by dashes and markers as well."""
+"""Figures: log-log, colour-blind-safe, and told apart in grey by dashes and markers."""
+
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+# Okabe and Ito's palette, ordered dark to light and back so that neighbours differ in grey, too.
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#000000", "linestyle": "-", "marker": "o"},
+    {"color": "#E69F00", "linestyle": "-", "marker": "s"},
+    {"color": "#0072B2", "linestyle": "-", "marker": "^"},
+    {"color": "#56B4E9", "linestyle": "-", "marker": "D"},
+    {"color": "#D55E00", "linestyle": "-", "marker": "v"},
+    {"color": "#009E73", "linestyle": "-", "marker": "P"},
+    {"color": "#CC79A7", "linestyle": "-", "marker": "X"},
+)
+
+LABELS = {
+    "duality_gap": "duality gap (win probability)",
+    "prox_residual": "prox residual (nats)",
+    "oracle_calls": "win probabilities looked up",
+}
+
+
+def curve(steps: Any, values: Any, metric: str, ax: Axes | None = None, **style: Any) -> Axes:
+    """One metric against the iteration, log-log, on `ax` or on a new figure. Step 0 is drawn at 1/2."""
+    ax = Figure(figsize=(6, 4), layout="constrained").subplots() if ax is None else ax
+    x = np.where(np.asarray(steps) == 0, 0.5, steps)
+    marks = {"markevery": _log_spaced(x), "markersize": 4.5, "linewidth": 1.4, "markeredgewidth": 0.6, "markeredgecolor": "white"}
+    ax.plot(x, np.where(np.asarray(values) > 0, values, np.nan), **{**marks, **style})
+    ax.set(xscale="log", yscale="log", xlabel="iteration", ylabel=LABELS.get(metric, metric))
+    ax.grid(True, which="major", linewidth=0.4, alpha=0.5)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def mark_start(ax: Axes) -> None:
+    """Label the tick at 1/2 with the step it stands for, 0."""
+    low, high = ax.get_xlim()
+    decades = [10.0**k for k in range(0, int(np.ceil(np.log10(high))) + 1) if 10.0**k <= high]
+    ax.set_xticks([0.5, *decades], ["0", *(f"{d:,.0f}" for d in decades)])
+    ax.xaxis.set_minor_locator(LogLocator(subs=range(2, 10)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlim(max(low, 0.4), high)
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg, atomically."""
+    import io
+
+    from nlhf.run import write_atomically
+
+    written = []
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nlhf"}):
+        for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, **options)  # type: ignore[arg-type]
+            written.append(stem.with_suffix(f".{kind}"))
+            write_atomically(written[-1], buffer.getvalue())
+    return written
+
+
+def _log_spaced(x: Any, per_decade: int = 6) -> Sequence[int]:
+    """Indices of points about evenly spaced on a log axis."""
+    positions = np.log10(np.asarray(x, dtype=float)) * per_decade
+    _, first = np.unique(np.floor(positions), return_index=True)
+    return [int(i) for i in first]
+
+
+def styles(names: Sequence[str]) -> Mapping[str, dict[str, Any]]:
+    """A style for each name, in order."""
+    return {name: STYLES[i % len(STYLES)] for i, name in enumerate(names)}

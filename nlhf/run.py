@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -93,7 +93,7 @@ def run(
         solver: answers the algorithm's sub-problems and holds the game, `solver.game`.
         steps: number of iterations, >= 0.
         policy: where to start; `solver.init()` by default, which is the reference.
-        metrics: functions (policy, game, tau) -> float, recorded by name next to the solver's own
+        metrics: functions (policy, game, tau) -> number, or -> {name: number}, recorded by name next to the solver's own
             `prox_residual` and `oracle_calls` (cumulative).
         every: record every so many steps; the first and the last are always recorded.
         seed: >= 0. The randomness of step t depends on (seed, t) alone.
@@ -122,12 +122,15 @@ def run(
     start, info, file = 0, Info(), None if checkpoint is None else Path(checkpoint)
 
     def record(t: int) -> None:
-        measured = {metric.__name__: float(metric(state.policy, solver.game, algorithm.tau)) for metric in metrics}
+        measured: dict[str, float] = {}
+        for metric in metrics:
+            value = metric(state.policy, solver.game, algorithm.tau)
+            measured |= value if isinstance(value, Mapping) else {metric.__name__: value}
         measured |= {"prox_residual": info.prox_residual, "oracle_calls": info.oracle_calls}
         for name, value in measured.items():
             if np.isnan(value):
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
-            records.append((t, name, value))
+            records.append((t, name, float(value)))
 
     if file is not None and file.exists():
         start, state, records, info = _load(file, config, state)

@@ -1,0 +1,88 @@
+"""The command line. Every command is a function; its flags are the function's arguments."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nlhf import algorithms
+from nlhf.core import Regularized
+from nlhf.schedules import check_tau
+
+
+def _kebab(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
+
+
+ALGORITHMS: dict[str, type[Regularized]] = {_kebab(name): getattr(algorithms, name) for name in algorithms.__all__}
+
+
+def ladder(
+    algorithm: Annotated[str, tyro.conf.Positional],
+    game: str = "random",
+    tau: float = 0.1,
+    eta: float | None = None,
+    steps: int = 100,
+    seed: int = 0,
+    model: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Run one algorithm object on every rung, from an exact table to a language model.
+
+    Args:
+        algorithm: best-response, magnetic-md, mirror-prox, nash-ema, nash-md, optimistic-md or self-play.
+        game: random, low-rank, bradley-terry, rock-paper-scissors, dice, or a CSV file (win probabilities or comparisons).
+        tau: strength of the KL regularisation, > 0.
+        eta: step size; what theory recommends for the algorithm if not given.
+        steps: iterations of rungs 1 to 5.
+        seed: of the game, the samples and the transformer.
+        model: a Hugging Face folder or GGUF file for rung 6.
+        out: where to write; runs/ladder-ALGORITHM if not given.
+    """
+    from nlhf.ladder import check_folder, climb, load_game
+
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_tau(tau, positive=True)
+    cls = ALGORITHMS[algorithm]
+    chosen = cls.default(tau) if eta is None else cls(eta, tau)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    out = Path("runs", f"ladder-{algorithm}") if out is None else out
+    check_folder(out)
+    played, name = load_game(game, seed)
+    policy = None
+    if model is not None:
+        from nlhf.llm import CausalLM
+
+        policy = CausalLM.from_pretrained(model, max_new_tokens=16, seed=seed)
+    climbed = climb(chosen, played, name, steps, seed, policy)
+    start = climbed.traces["1 exact table"].values("duality_gap")[1][0]
+    print(f"{climbed.label} on {name}: {played.n} responses, duality gap of the reference {start:.3g}\n")
+    print(_rows(climbed.table))
+    print("\n" + "\n".join(f"wrote {path}" for path in climbed.save(out)))
+
+
+def _rows(table: object) -> str:
+    import pandas as pd
+
+    assert isinstance(table, pd.DataFrame)
+    shown = table.copy()
+    if table["gap_low"].isna().all():
+        shown = shown.drop(columns=["gap_low", "gap_high"])
+    return shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.2e}" if abs(v) < 0.01 else f"{v:.3g}")
+
+
+def main() -> None:
+    """Entry point of the command `nlhf`. Bad input ends with one line on stderr and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict({"ladder": ladder}, prog="nlhf", description="Preference games, exactly and on language models.")
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        print(f"nlhf: {error}", file=sys.stderr)
+        sys.exit(2)
