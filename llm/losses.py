@@ -94,3 +94,17 @@ def policy_gradient(log_prob: Tensor, log_anchor: Tensor, win: Tensor, eta: floa
     n = reward.shape[-1]
     advantage = (reward - reward.mean(-1, keepdim=True)) * (n / (n - 1))
     return -(advantage * log_prob).mean(-1)
+
+
+def squared_residual(log_prob: Tensor, one: Batch, two: Batch) -> Tensor:
+    """(B,) Var_{y ~ m}[log pi(y) - log answer(y)], in nats^2, from responses judged by two groups of opponents.
+
+    The covariance of the two errors: the noise of judging cancels in expectation, so that a perfect policy measures
+    zero on average and not the noise. A listed batch is given twice and the variance is exact.
+    """
+    weight = one.weight
+    first, second = (log_prob - b.log_anchor - b.eta * b.win for b in (one, two))
+    first, second = (d - (weight * d).sum(-1, keepdim=True) for d in (first, second))
+    covariance = (weight * first * second).sum(-1)
+    # over samples, n equal weights, the mean was estimated too
+    return covariance if one is two else covariance / (1 - 1 / weight.shape[-1])

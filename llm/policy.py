@@ -44,7 +44,7 @@ class TokenPolicy(ABC):
         """(B n, V) log-probabilities of the next token after appending tokens (B n,) to the prefix of the cache."""
 
     def spell(self, y: Any) -> Tensor:
-        """(B, n, T) the tokens of responses y."""
+        """(B, n, T) the tokens of responses y; (1, n, T) of all responses, y = ..., which every prompt shares."""
         return torch.as_tensor(y)
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -53,9 +53,7 @@ class TokenPolicy(ABC):
 
     def log_prob(self, x: Any, y: Any) -> Tensor:
         """(B, n) log pi(y | x) of whole responses, their end included, in nats."""
-        tokens = self.spell(y)
-        chosen = self.next_log_probs(x, y).gather(-1, tokens[..., None]).squeeze(-1)
-        return chosen.masked_fill(~alive(tokens, self.eos), 0.0).sum(-1)
+        return _chosen(self.next_log_probs(x, y), self.spell(y), self.eos)
 
     def sample(self, x: Any, n: int, generator: torch.Generator) -> tuple[Any, Tensor]:
         """n responses per prompt, y (B, n), and their log pi(y | x) (B, n)."""
@@ -93,6 +91,12 @@ def alive(tokens: Tensor, eos: int | None) -> Tensor:
     return ended.cumsum(-1) - ended == 0
 
 
+def _chosen(log_probs: Tensor, tokens: Tensor, eos: int | None) -> Tensor:
+    """(B, n) the sum over t of log_probs (B, n, T, V) at the tokens, up to the end of each response."""
+    tokens = tokens.expand(log_probs.shape[:3])
+    return log_probs.gather(-1, tokens[..., None]).squeeze(-1).masked_fill(~alive(tokens, eos), 0.0).sum(-1)
+
+
 class LogitTable(TokenPolicy):
     """pi(y | x) = softmax(logits[x])[y]: the smallest trainable policy. A response is one token.
 
@@ -123,9 +127,7 @@ class LogitTable(TokenPolicy):
 
     def spell(self, y: Any) -> Tensor:
         """The index itself, as one token."""
-        if y is ...:
-            y = torch.arange(self.params["logits"].shape[-1]).expand(len(self.params["logits"]), -1)
-        return torch.as_tensor(y)[..., None]
+        return (torch.arange(self.params["logits"].shape[-1])[None] if y is ... else torch.as_tensor(y))[..., None]
 
     def read(self, tokens: Tensor) -> Tensor:
         """The token is the index."""
@@ -165,9 +167,7 @@ class TokenMixture:
         """(B, n) normalised log-probability of the token-level mixture, in nats."""
         first = self.parts[0][0]
         mixed = sum(weight * policy.next_log_probs(x, y) for policy, weight in self.parts)
-        tokens = first.spell(y)
-        chosen = torch.log_softmax(torch.as_tensor(mixed), -1).gather(-1, tokens[..., None]).squeeze(-1)
-        return chosen.masked_fill(~alive(tokens, first.eos), 0.0).sum(-1)
+        return _chosen(torch.as_tensor(mixed).log_softmax(-1), first.spell(y), first.eos)
 
     def log_weight(self, x: Any, y: Any) -> Tensor:
         """(B, n) log geometric(y) - log token(y): importance weights, up to a constant, that correct the samples."""

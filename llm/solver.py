@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Adam, Optimizer
 
 from nlhf.core import Info, Mixture, Prox
-from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, variance
+from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, squared_residual, variance
 from nlhf.llm.policy import TokenMixture, TokenPolicy
 
 P = TypeVar("P", bound=TokenPolicy)
@@ -26,8 +26,12 @@ class Enumerate:
     """Expectations as sums over all responses: exact, where they can be listed."""
 
     def batches(self, prox: Prox, game: Any, generator: torch.Generator | None) -> tuple[Batch, HeldOut]:
-        """All responses, under the average of the policies in the anchor, twice: nothing can be held out."""
-        log_law, anchor = _law_and_anchor(prox, ..., ...)
+        """All responses, twice: nothing can be held out. Their law is half uniform, half the anchor's policies.
+
+        Any law would do. The uniform half keeps the condition number of the fit below n + 1.
+        """
+        law, anchor = _law_and_anchor(prox, ..., ...)
+        log_law = torch.logaddexp(law, torch.full_like(law, -np.log(law.shape[-1]))) - np.log(2)
         matrix = torch.tensor(game.win_prob(..., ..., ...)).to(anchor)
         win = torch.zeros_like(anchor)
         for opponent, weight in prox.opponents:
@@ -266,14 +270,23 @@ def _fit(start: P, loss: Callable[[P], Tensor], steps: int, optimizer: MakeOptim
     params = {name: p.detach().clone().requires_grad_() for name, p in start.params.items()}
     policy = start.with_params(params)
     searcher = (optimizer or _lbfgs(steps))(list(params.values()))
+    scale = 1.0 if optimizer else 0.0
 
     def closure() -> Tensor:
+        nonlocal scale
         searcher.zero_grad()
         value = loss(policy)
         if not torch.isfinite(value):
-            raise FloatingPointError(f"the loss became {float(value)}: take a smaller step")
+            raise FloatingPointError(f"the loss became {value.item()}: take a smaller step")
         value.backward()  # type: ignore[no-untyped-call]
-        return value
+        if not scale:
+            # torch's L-BFGS forgets curvature below an absolute 1e-10; close to equilibrium that is all there is.
+            steepest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)
+            scale = 1 / steepest if steepest else 1.0
+        for p in params.values():
+            if p.grad is not None:
+                p.grad *= scale
+        return value.detach() * scale
 
     for _ in range(1 if optimizer is None else steps):
         searcher.step(closure)  # type: ignore[arg-type]
@@ -320,14 +333,6 @@ def _over_prompts(values: Tensor, game: Any) -> Tensor:
 
 @torch.no_grad()
 def _info(policy: TokenPolicy, held_out: HeldOut, game: Any, calls: int) -> Info:
-    """The residual is the covariance of the errors against two groups of opponents: the noise of judging cancels in
-    expectation, so that a perfect solve measures zero and not the noise."""
     one, two = held_out
-    log_prob = policy.log_prob(one.x, one.y) - one.log_anchor
-    first, second = log_prob - one.eta * one.win, log_prob - two.eta * two.win
-    weight = one.weight
-    first, second = (d - (weight * d).sum(-1, keepdim=True) for d in (first, second))
-    spread = (weight * first * second).sum(-1)
-    if one is not two:  # samples: the mean was estimated from them
-        spread = spread / (1 - 1 / weight.shape[-1])
-    return Info(float(_over_prompts(spread, game).clamp(min=0.0)) ** 0.5, calls + one.calls + two.calls)
+    spread = _over_prompts(squared_residual(policy.log_prob(one.x, one.y), one, two), game)
+    return Info(float(spread.clamp(min=0.0)) ** 0.5, calls + one.calls + two.calls)

@@ -93,9 +93,8 @@ class TinyTransformer(TokenPolicy):
 
     def spell(self, y: Any) -> Tensor:
         """(B, n, T) the digits of y in base V, most significant first."""
-        if y is ...:
-            y = torch.arange(self.n).expand(len(self.base), -1)
-        return torch.as_tensor(y)[..., None] // self.vocab ** torch.arange(self.length - 1, -1, -1) % self.vocab
+        y = torch.arange(self.n)[None] if y is ... else torch.as_tensor(y)
+        return y[..., None] // self.vocab ** torch.arange(self.length - 1, -1, -1) % self.vocab
 
     def read(self, tokens: Tensor) -> Tensor:
         """(B, n) the number that the digits spell."""

@@ -25,7 +25,7 @@ class ExactSolver:
     >>> algorithm, solver = NashMD(eta=1.0, tau=0.5), ExactSolver(game)
     >>> state, info = algorithm.step(algorithm.init(game.reference), solver)
     >>> state.policy.probs.round(4), info
-    (array([0.4827, 0.2738, 0.2435]), Info(prox_residual=0.0, oracle_calls=9))
+    (array([0.5231, 0.257 , 0.22  ]), Info(prox_residual=0.0, oracle_calls=9))
     """
 
     game: MatrixGame
