@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nlhf.llm.policy import TokenPolicy, alive
+from nlhf.llm.policy import Params, TokenPolicy, alive
 
 
 class CausalLM(TokenPolicy):
@@ -29,7 +29,7 @@ class CausalLM(TokenPolicy):
         max_new_tokens: T.
     """
 
-    def __init__(self, network: nn.Module, tokenizer: Any, params: dict[str, Tensor], max_new_tokens: int) -> None:
+    def __init__(self, network: nn.Module, tokenizer: Any, params: Params, max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if tokenizer.eos_token_id is None:
@@ -65,7 +65,7 @@ class CausalLM(TokenPolicy):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
         tokenizer = AutoTokenizer.from_pretrained(file, **options, local_files_only=True)
-        network = AutoModelForCausalLM.from_pretrained(file, **options, dtype=dtype, local_files_only=True)
+        network: Any = AutoModelForCausalLM.from_pretrained(file, **options, dtype=dtype, local_files_only=True)
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
             from peft import LoraConfig, get_peft_model
@@ -84,14 +84,18 @@ class CausalLM(TokenPolicy):
 
     def text(self, y: Tensor) -> list[list[str]]:
         """The responses (B, n, T) as strings, without their end tokens."""
-        kept = [[row[keep].tolist() for row, keep in zip(*pair, strict=True)] for pair in zip(y, alive(y, self.eos), strict=True)]
+        kept = [
+            [row[keep].tolist() for row, keep in zip(*pair, strict=True)]
+            for pair in zip(y, alive(y, self.eos), strict=True)
+        ]
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in kept]
 
     def encode(self, x: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(B, L) tokens of the prompts, padded on the left, and the mask (B, L) of what is not padding."""
         rows = [self._prompt_tokens(prompt) for prompt in x]
         longest = max(map(len, rows))
-        padded = [[self.eos] * (longest - len(row)) + row for row in rows]
+        padding = self.tokenizer.eos_token_id
+        padded = [[padding] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(padded), torch.tensor(mask)
 
@@ -106,15 +110,21 @@ class CausalLM(TokenPolicy):
         """(B, n, T, V) logits before every token of y, in float32; every prompt is read once for its n responses."""
         tokens = y.flatten(0, 1)
         first, (past, mask) = self._read(x, y.shape[1])
-        mask = torch.cat([mask, alive(tokens, self.eos).long()], 1)
-        rest = self._call(tokens[:, :-1], mask[:, :-1], past_key_values=past, use_cache=True).logits
-        return torch.cat([first[:, None], rest.float()], 1).unflatten(0, y.shape[:2])
+        logits = first[:, None]
+        if self.length > 1:
+            mask = torch.cat([mask, alive(tokens, self.eos)[:, :-1].long()], 1)
+            rest = self._call(tokens[:, :-1], mask, past_key_values=past, use_cache=True).logits
+            logits = torch.cat([logits, rest.float()], 1)
+        return logits.unflatten(0, y.shape[:2])
 
     def _read(self, x: Sequence[str], n: int) -> tuple[Tensor, Any]:
         tokens, mask = self.encode(x)
         out = self._call(tokens, mask, use_cache=True, logits_to_keep=1)
         out.past_key_values.batch_repeat_interleave(n)
-        return out.logits[:, -1].float().repeat_interleave(n, 0), (out.past_key_values, mask.repeat_interleave(n, 0))
+        return out.logits[:, -1].float().repeat_interleave(n, 0), (
+            out.past_key_values,
+            mask.repeat_interleave(n, 0),
+        )
 
     def _call(self, tokens: Tensor, mask: Tensor, **options: Any) -> Any:
         # Positions count real tokens only: left padding must not shift them.

@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.special import expit
 from torch import Tensor
 
 from nlhf.llm.policy import TokenPolicy
 from nlhf.metrics import Floats, Metric, estimated_gap
 
-Judge: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
+Judge: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str]], ArrayLike]
 """judge(prompts, a, b): the probabilities that response a[i] beats b[i] on prompts[i]."""
 
 
@@ -72,8 +73,45 @@ class JudgedGame:
         return ((forward + 1 - backward) / 2).reshape(len(x), len(first[0]), len(second[0]))
 
 
-_PRAISE = frozenset("amazing beautiful best enjoy excellent fine fun good great happy like love nice perfect wonderful".split())
-_BLAME = frozenset("awful bad boring dull fail hate horrible poor sad terrible ugly waste weak worse worst wrong".split())
+_PRAISE = frozenset(
+    [
+        "amazing",
+        "beautiful",
+        "best",
+        "enjoy",
+        "excellent",
+        "fine",
+        "fun",
+        "good",
+        "great",
+        "happy",
+        "like",
+        "love",
+        "nice",
+        "perfect",
+        "wonderful",
+    ]
+)
+_BLAME = frozenset(
+    [
+        "awful",
+        "bad",
+        "boring",
+        "dull",
+        "fail",
+        "hate",
+        "horrible",
+        "poor",
+        "sad",
+        "terrible",
+        "ugly",
+        "waste",
+        "weak",
+        "worse",
+        "worst",
+        "wrong",
+    ]
+)
 
 
 def cycle_judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Floats:

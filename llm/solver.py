@@ -122,7 +122,7 @@ class Sample:
 
     @torch.no_grad()
     def draw(self, policy: Any, x: Any, groups: list[int], generator: torch.Generator) -> list[tuple[Any, Tensor]]:
-        """Groups of responses (B, m) of a policy or mixture, decoded together, and their weights, rows summing to one."""
+        """Groups of responses (B, m) of a policy or mixture, decoded together, and weights whose rows sum to one."""
         mixture = TokenMixture.of(policy)
         z, log_prob = mixture.sample(x, sum(groups), generator)
         corrected = self.correct and len(mixture.parts) > 1
@@ -278,7 +278,7 @@ def _fit(start: P, loss: Callable[[P], Tensor], steps: int, optimizer: MakeOptim
         value = loss(policy)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss became {value.item()}: take a smaller step")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         if not scale:
             # torch's L-BFGS forgets curvature below an absolute 1e-10; close to equilibrium that is all there is.
             steepest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)

@@ -35,7 +35,8 @@ def ladder(
 
     Args:
         algorithm: best-response, magnetic-md, mirror-prox, nash-ema, nash-md, optimistic-md or self-play.
-        game: random, low-rank, bradley-terry, rock-paper-scissors, dice, or a CSV file (win probabilities or comparisons).
+        game: random, low-rank, bradley-terry, rock-paper-scissors, dice, or a CSV file of win probabilities
+            or of comparisons.
         tau: strength of the KL regularisation, > 0.
         eta: step size; what theory recommends for the algorithm if not given.
         steps: iterations of rungs 1 to 5.
@@ -63,10 +64,11 @@ def ladder(
 
         policy = CausalLM.from_pretrained(model, max_new_tokens=16, seed=seed)
     climbed = climb(chosen, played, name, steps, seed, policy)
+    written = climbed.save(out)
     start = climbed.traces["1 exact table"].values("duality_gap")[1][0]
     print(f"{climbed.label} on {name}: {played.n} responses, duality gap of the reference {start:.3g}\n")
-    print(_rows(climbed.table))
-    print("\n" + "\n".join(f"wrote {path}" for path in climbed.save(out)))
+    print(_rows(climbed.table), "\n")
+    print("\n".join(f"wrote {path}" for path in written))
 
 
 def _rows(table: object) -> str:
@@ -82,7 +84,9 @@ def _rows(table: object) -> str:
 def main() -> None:
     """Entry point of the command `nlhf`. Bad input ends with one line on stderr and exit code 2."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"ladder": ladder}, prog="nlhf", description="Preference games, exactly and on language models.")
+        tyro.extras.subcommand_cli_from_dict(
+            {"ladder": ladder}, prog="nlhf", description="Preference games, exactly and on language models."
+        )
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"nlhf: {error}", file=sys.stderr)
         sys.exit(2)

@@ -63,7 +63,7 @@ class Geometric:
     policy: `nlhf.llm.TokenMixture`.
     """
 
-    parts: tuple[tuple[Policy, float], ...]
+    parts: tuple[tuple[Any, float], ...]
 
     def log_prob(self, x: Any, y: Any) -> Array:
         """(B, n) unnormalised log q(y | x), in nats."""
@@ -75,7 +75,7 @@ class Geometric:
 class Mixture:
     """Arithmetic mixture sum_i w_i pi_i. As an opponent it may be signed, as optimistic methods need."""
 
-    parts: tuple[tuple[Policy | Geometric, float], ...]
+    parts: tuple[tuple[Any, float], ...]
 
 
 class Prox(NamedTuple):
@@ -89,7 +89,7 @@ class Prox(NamedTuple):
     eta: float
 
     @property
-    def opponents(self) -> tuple[tuple[Policy | Geometric, float], ...]:
+    def opponents(self) -> tuple[tuple[Any, float], ...]:
         """The opponent as a list of (policy, weight), weights summing to one."""
         return self.opponent.parts if isinstance(self.opponent, Mixture) else ((self.opponent, 1.0),)
 
@@ -110,12 +110,12 @@ class Info:
 class State(NamedTuple):
     """What the next iteration needs."""
 
-    policy: Policy
-    reference: Policy
+    policy: Any
+    reference: Any
     t: int = 0
 
 
-Solve: TypeAlias = Callable[[Prox, Policy], tuple[Any, Info]]
+Solve: TypeAlias = Callable[[Prox, Any], tuple[Any, Info]]
 """`solve(prox, start)` returns the projection of the answer on the policies like `start`, and what it cost."""
 
 
@@ -145,6 +145,10 @@ class Regularized:
     def init(self, policy: Policy) -> Any:
         """The state at t = 0; the reference is the frozen initial policy."""
         return State(policy, policy.freeze())
+
+    def step(self, state: Any, solve: Solve) -> tuple[Any, Info]:
+        """One iteration, as a function: the state that comes in is left as it is."""
+        raise NotImplementedError
 
     def rate(self, kl: float, t: int) -> float:
         """What a theorem says of KL(pi*, pi_{t+1}) if KL(pi*, pi_t) = kl: an upper bound; inf where none is known."""

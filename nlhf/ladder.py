@@ -99,7 +99,7 @@ class Ladder:
         return np.arange(steps + 1), np.array([metrics.gap_from_kl(value, tau) for value in kl])
 
     def figure(self) -> Figure:
-        """The duality gap against iterations, log-log, one curve per rung, theory dashed; rung 6 in a panel of its own."""
+        """The duality gap against iterations, one curve per rung, theory dashed; rung 6 in a panel of its own."""
         from matplotlib.figure import Figure
 
         model = self.traces.get(RUNGS[5])
@@ -120,7 +120,9 @@ class Ladder:
         plotting.mark_start(axes[0])
         if model:
             at, low = model.values("duality_gap_low")
-            axes[1].fill_between(at, low, model.values("duality_gap_high")[1], color="0.85", label="90 % bootstrap interval")
+            axes[1].fill_between(
+                at, low, model.values("duality_gap_high")[1], color="0.85", label="90 % bootstrap interval"
+            )
             axes[1].plot(at, model.values("duality_gap")[1], label=RUNGS[5], linewidth=1.4, **looks[RUNGS[5]])
             axes[1].axhline(0, color="k", linewidth=0.6)
             axes[1].set(xlabel="iteration", ylabel="estimated duality gap (win probability)", xticks=at)

@@ -115,9 +115,9 @@ def gap_from_kl(kl: float, tau: float) -> float:
         gap(pi) <= [tau c(2 / tau) + 1 / (4 tau)] KL(pi*, pi),   c(s) = (s e^s - e^s + 1) / (e^s - 1 - s)
 
     Every algorithm here that starts from the reference stays within that span. Proof: gap <= tau KL(pi, pi*) +
-    |pi - pi*|_1^2 / (8 tau); the last term is at most KL(pi*, pi) / (4 tau) by Pinsker; and log(pi / pi*) <= 2 / tau =: s
-    because both log-ratios to mu change sign and span at most 1 / tau, so that KL(pi, pi*) <= c(s) KL(pi*, pi), c(log r)
-    being the ratio of the two integrands r log r - r + 1 and r - 1 - log r, which grows with r.
+    |pi - pi*|_1^2 / (8 tau), where the last term is at most KL(pi*, pi) / (4 tau) by Pinsker; and log(pi / pi*) is at
+    most s = 2 / tau, because both log-ratios to mu change sign and span at most 1 / tau, so KL(pi, pi*) is at most
+    c(s) KL(pi*, pi): c(log r) is the ratio of the two integrands, r log r - r + 1 and r - 1 - log r, and grows with r.
     """
     s = 2 / check_tau(tau, positive=True)
     # both sides times e^-s, which may be 0 but never overflows
@@ -134,7 +134,12 @@ class Estimate(NamedTuple):
 
 
 def estimated_gap(
-    win: Floats, log_ratio: Floats, tau: float, rng: np.random.Generator, level: float = 0.9, resamples: int = 1000
+    win: Floats,
+    log_ratio: Floats,
+    tau: float,
+    rng: np.random.Generator,
+    level: float = 0.9,
+    resamples: int = 1000,
 ) -> Estimate:
     """The duality gap of a policy whose responses cannot be listed, from samples, with a bootstrap interval.
 
@@ -163,7 +168,9 @@ def estimated_gap(
     if win.ndim != 3 or log_ratio.shape != (win.shape[0], win.shape[2]):
         raise ValueError(f"log_ratio must be (X, M) and win (X, N, M), got {log_ratio.shape} and {win.shape}")
     if not (np.isfinite(log_ratio).all() and ((win >= 0) & (win <= 1)).all()):
-        raise ValueError("win must hold probabilities and log_ratio finite numbers, got NaN, inf or a number outside [0, 1]")
+        raise ValueError(
+            "win must hold probabilities and log_ratio finite numbers, got NaN, inf or a number outside [0, 1]"
+        )
 
     def gap(by_reference: Floats, by_policy: Floats) -> Floats:
         """Gaps of the resamples given how often each sample was drawn, (R, X, N) and (R, X, M), as shares."""

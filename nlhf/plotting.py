@@ -34,7 +34,13 @@ def curve(steps: Any, values: Any, metric: str, ax: Axes | None = None, **style:
     """One metric against the iteration, log-log, on `ax` or on a new figure. Step 0 is drawn at 1/2."""
     ax = Figure(figsize=(6, 4), layout="constrained").subplots() if ax is None else ax
     x = np.where(np.asarray(steps) == 0, 0.5, steps)
-    marks = {"markevery": _log_spaced(x), "markersize": 4.5, "linewidth": 1.4, "markeredgewidth": 0.6, "markeredgecolor": "white"}
+    marks = {
+        "markevery": _log_spaced(x),
+        "markersize": 4.5,
+        "linewidth": 1.4,
+        "markeredgewidth": 0.6,
+        "markeredgecolor": "white",
+    }
     ax.plot(x, np.where(np.asarray(values) > 0, values, np.nan), **{**marks, **style})
     ax.set(xscale="log", yscale="log", xlabel="iteration", ylabel=LABELS.get(metric, metric))
     ax.grid(True, which="major", linewidth=0.4, alpha=0.5)
@@ -62,7 +68,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nlhf"}):
         for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, **options)  # type: ignore[arg-type]
+            figure.savefig(buffer, format=kind, **options)
             written.append(stem.with_suffix(f".{kind}"))
             write_atomically(written[-1], buffer.getvalue())
     return written

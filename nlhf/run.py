@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,8 @@ def run(
         solver: answers the algorithm's sub-problems and holds the game, `solver.game`.
         steps: number of iterations, >= 0.
         policy: where to start; `solver.init()` by default, which is the reference.
-        metrics: functions (policy, game, tau) -> number, or -> {name: number}, recorded by name next to the solver's own
-            `prox_residual` and `oracle_calls` (cumulative).
+        metrics: functions (policy, game, tau) -> number, or -> {name: number}, recorded by name next to the
+            solver's own `prox_residual` and `oracle_calls` (cumulative).
         every: record every so many steps; the first and the last are always recorded.
         seed: >= 0. The randomness of step t depends on (seed, t) alone.
         progress: show a progress bar; by default on a terminal and not in a pipe.
@@ -162,7 +163,7 @@ def seeded(solver: Any, seed: int, t: int) -> Solve:
     def solve(prox: Prox, start: Policy) -> tuple[Any, Info]:
         # 63 bits, the range of torch.Generator.manual_seed
         drawn = np.random.SeedSequence((seed, t, next(calls))).generate_state(1, np.uint64)[0] >> 1
-        return solver(prox, start, int(drawn))  # type: ignore[no-any-return]
+        return solver(prox, start, int(drawn))
 
     return solve
 
@@ -195,10 +196,10 @@ def _save(file: Path, config: dict[str, Any], state: Any, t: int, records: list[
 
 def _load(file: Path, config: dict[str, Any], state: Any) -> tuple[int, Any, list[tuple[int, str, float]], Info]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             arrays = dict(archive)
         about = json.loads(str(arrays.pop("about")))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint {file} cannot be read: {error}") from None
     if about["config"] != config:
         raise ValueError(f"checkpoint {file} is of another run: {about['config']}, this one is {config}")

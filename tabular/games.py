@@ -165,7 +165,9 @@ class MatrixGame:
         names, values = [], []
         for line, row in rows[1:]:
             if len(row) != len(header) + 1:
-                raise ValueError(f"{path}, line {line}: expected a name and {len(header)} numbers, got {len(row)} cells")
+                raise ValueError(
+                    f"{path}, line {line}: expected a name and {len(header)} numbers, got {len(row)} cells"
+                )
             names.append(row[0])
             values.append([_probability(cell, path, line) for cell in row[1:]])
         if names != header:

@@ -20,15 +20,13 @@ class Instance(NamedTuple):
 
 def matrix(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:
     """(n, n) win probabilities: iid, all or nothing, transitive, or a mixture of a ranking and a cycle."""
+    if kind == "bradley_terry":
+        return MatrixGame.bradley_terry(2 * rng.standard_normal(n)).matrix
+    if kind == "cyclic":
+        return MatrixGame.cyclic(n, 0.9).matrix
     upper = np.triu(rng.uniform(-0.5, 0.5, (n, n)), 1)
-    skew = {
-        "iid": lambda: upper - upper.T,
-        "sign": lambda: 0.5 * np.sign(upper - upper.T),
-        "bradley_terry": lambda: MatrixGame.bradley_terry(2 * rng.standard_normal(n)).matrix - 0.5,
-        "cyclic": lambda: MatrixGame.cyclic(n, 0.9).matrix - 0.5,
-        "tie": lambda: np.zeros((n, n)),
-    }[kind]()
-    return 0.5 + skew
+    skew = upper - upper.T
+    return 0.5 + {"iid": skew, "sign": 0.5 * np.sign(skew), "tie": 0 * skew}[kind]
 
 
 KINDS = ("iid", "sign", "bradley_terry", "cyclic", "tie")
@@ -43,10 +41,7 @@ def instances(draw: st.DrawFn, tau_min: float = 0.02, tau_max: float = 3.0, prom
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     tau = float(np.exp(draw(st.floats(np.log(tau_min), np.log(tau_max)))))
     shape = (draw(st.integers(1, 3)),) if prompts else ()
-    if shape:
-        win = np.stack([matrix(rng, n, kind) for _ in range(shape[0])])
-    else:
-        win = matrix(rng, n, kind)
+    win = np.stack([matrix(rng, n, kind) for _ in range(shape[0])]) if shape else matrix(rng, n, kind)
     reference = Tabular.from_logits(spread * rng.standard_normal((*shape, n)))
     policy = Tabular.from_logits(spread * rng.standard_normal((*shape, n)))
     return Instance(MatrixGame(win, reference), tau, policy)

@@ -1,4 +1,4 @@
-"""What every algorithm owes. The algorithms are found in `nlhf.algorithms`; a new file is tested without being listed."""
+"""What every algorithm owes. They are found in `nlhf.algorithms`: a new file is tested without being listed."""
 
 from __future__ import annotations
 

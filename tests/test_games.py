@@ -35,7 +35,10 @@ ALPACA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval_win_rates.
         ({"reference": [0.2, 0.3, 0.5]}, r"reference must have shape \(2,\) or \(2,\), got \(3,\)"),
         ({"reference": Tabular([0.0, -np.inf])}, "reference must give every response a probability > 0"),
         ({"prompt_weights": [1.0]}, r"prompt_weights must have shape \(\), got \(1,\)"),
-        ({"win_prob": [GOOD, GOOD], "prompt_weights": [0.5, 0.6]}, "prompt_weights must be probabilities that sum to 1"),
+        (
+            {"win_prob": [GOOD, GOOD], "prompt_weights": [0.5, 0.6]},
+            "prompt_weights must be probabilities that sum to 1",
+        ),
         ({"labels": ["a"]}, "labels must name the 2 responses, got 1 names"),
     ],
 )
@@ -72,9 +75,18 @@ def test_metrics_average_over_prompts(instance: Instance) -> None:
     singles = [MatrixGame(game.matrix[x], Tabular(game.reference.log_probs[x])) for x in game.prompts]
     rows = [Tabular(policy.log_probs[x]) for x in game.prompts]
     for of_batch, of_single in (
-        (metrics.duality_gap(policy, game, tau), [metrics.duality_gap(p, g, tau) for p, g in zip(rows, singles, strict=True)]),
-        (metrics.duality_gap(policy, game, 0), [metrics.duality_gap(p, g, 0) for p, g in zip(rows, singles, strict=True)]),
-        (metrics.win_rate(policy, game), [metrics.win_rate(p, g) for p, g in zip(rows, singles, strict=True)]),
+        (
+            metrics.duality_gap(policy, game, tau),
+            [metrics.duality_gap(p, g, tau) for p, g in zip(rows, singles, strict=True)],
+        ),
+        (
+            metrics.duality_gap(policy, game, 0),
+            [metrics.duality_gap(p, g, 0) for p, g in zip(rows, singles, strict=True)],
+        ),
+        (
+            metrics.win_rate(policy, game),
+            [metrics.win_rate(p, g) for p, g in zip(rows, singles, strict=True)],
+        ),
         (metrics.entropy(policy, weights), [metrics.entropy(p) for p in rows]),
     ):
         assert of_batch == pytest.approx(weights @ of_single, abs=1e-13)
@@ -135,12 +147,17 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         MatrixGame.from_csv(tmp_path / "none.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="binary.csv: not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"binary\.csv: not UTF-8 text"):
         MatrixGame.from_csv(tmp_path / "binary.csv")
 
 
 def test_comparisons_count(tmp_path: Path) -> None:
-    rows: list[tuple[Any, ...]] = [("b", "a", "b"), ("a", "b", "a", 2), ("b", "c", "tie"), ("a", "c", "c", 0.5)]
+    rows: list[tuple[Any, ...]] = [
+        ("b", "a", "b"),
+        ("a", "b", "a", 2),
+        ("b", "c", "tie"),
+        ("a", "c", "c", 0.5),
+    ]
     game = MatrixGame.from_comparisons(rows, prior=0)
     expected = [[0.5, 2 / 3, 0.0], [1 / 3, 0.5, 0.5], [1.0, 0.5, 0.5]]
     assert_close(game.matrix, expected, atol=1e-15)

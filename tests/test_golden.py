@@ -53,8 +53,7 @@ def test_dice_nash_md_schedule() -> None:
 def test_dice_opponent_mixed_with_the_reference(b: float, mixture: list[float], gap: float) -> None:
     """pi = BR(pi^(1-b) mu^b): where Nash-MD-PG stands still. At b = 1 it is the best response to the reference."""
     policy = Tabular.from_logits(
-        DICE.reference.log_probs
-        + DICE.matrix @ regularized_nash(DICE, 0.1 / (1 - b)).policy.probs / 0.1
+        DICE.reference.log_probs + DICE.matrix @ regularized_nash(DICE, 0.1 / (1 - b)).policy.probs / 0.1
         if b < 1
         else metrics.best_response(DICE.reference, DICE, 0.1)
     )
@@ -69,7 +68,11 @@ def test_dice_opponent_mixed_with_the_reference(b: float, mixture: list[float], 
     [
         (0.05, [0.411125726, 0.3350913525, 0.2537829215], 1e-9),
         (0.01, [0.3926285763, 0.3730130787, 0.234358345], 1e-9),
-        (1e-4, [0.38333, 0.38333, 0.23333], 2e-4),  # at tau = 0 the golden value; the path leaves it at order tau
+        (
+            1e-4,
+            [0.38333, 0.38333, 0.23333],
+            2e-4,
+        ),  # at tau = 0 the golden value; the path leaves it at order tau
     ],
 )
 def test_three_annotator_types(tau: float, probs: list[float], digit: float) -> None:

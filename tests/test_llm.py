@@ -44,7 +44,9 @@ def perturbed(policy: TinyTransformer, scale: float = 0.5, seed: int = 0) -> Tin
     """The transformer with random weights in its last layer, too: far from the reference."""
     noise = generator(seed)
     head = policy.params["head.weight"]
-    return policy.with_params({**policy.params, "head.weight": scale * torch.randn(head.shape, generator=noise).to(head)})
+    return policy.with_params(
+        {**policy.params, "head.weight": scale * torch.randn(head.shape, generator=noise).to(head)}
+    )
 
 
 def small(n: int, seed: int = 0, vocab: int = 2, prompts: int = 1, scale: float = 0.5) -> TinyTransformer:
@@ -57,10 +59,14 @@ def random_prox(start: TokenPolicy, seed: int = 0, eta: float = 1.5) -> Prox:
     rng = np.random.default_rng(seed)
     shape = tuple(metrics.table(start).shape)
     anchor = LogitTable(Tabular.from_logits(rng.standard_normal(shape)))
-    return Prox(Geometric(((start, 0.7), (anchor, 0.3))), LogitTable(Tabular.from_logits(rng.standard_normal(shape))), eta)
+    return Prox(
+        Geometric(((start, 0.7), (anchor, 0.3))),
+        LogitTable(Tabular.from_logits(rng.standard_normal(shape))),
+        eta,
+    )
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------
+# --- policies ----
 
 
 @pytest.mark.parametrize("vocab", [2, 3, 4])
@@ -128,7 +134,7 @@ def test_parameters_survive_a_checkpoint(make: Callable[[], TokenPolicy]) -> Non
     assert torch.equal(policy.log_prob(..., ...), again.log_prob(..., ...))
 
 
-# --- token-level and sequence-level mixtures ------------------------------------------------------------------------
+# --- token-level and sequence-level mixtures ----
 
 
 def test_token_mixture_is_normalised_and_is_not_the_mixture_of_responses() -> None:
@@ -172,7 +178,7 @@ def test_the_two_mixtures_agree_on_one_token() -> None:
     assert_close(mixture.log_prob(..., ...), sequence, atol=1e-13)
 
 
-# --- solvers that list every response ------------------------------------------------------------------------------------
+# --- solvers that list every response ----
 
 
 @settings(max_examples=15)
@@ -245,7 +251,7 @@ def test_a_solver_leaves_its_start_alone() -> None:
         assert any(not torch.equal(before[name], p) for name, p in found.params.items())
 
 
-# --- estimators, by enumeration of their outcomes -----------------------------------------------------------------------
+# --- estimators, by enumeration of their outcomes ----
 
 
 def gradient(loss: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -333,7 +339,11 @@ def test_held_out_residual_does_not_count_the_noise_of_judging() -> None:
         listed = Batch(..., ..., anchor[None], anchor.exp()[None], anchor[None], (matrix @ q)[None], eta, 0)
         exact = float(losses.squared_residual(log_prob[None], listed, listed))
         mean = sum(
-            float(q[i] * q[j] * (anchor[y].sum(-1).exp() @ losses.squared_residual(log_prob[y], judged[i], judged[j]._replace())))
+            float(
+                q[i]
+                * q[j]
+                * (anchor[y].sum(-1).exp() @ losses.squared_residual(log_prob[y], judged[i], judged[j]._replace()))
+            )
             for i in range(8)
             for j in range(8)
         )
@@ -357,7 +367,7 @@ def test_sample_takes_equal_parts_and_reports_what_it_looked_up() -> None:
 
 def test_importance_weights_make_the_token_mixture_stand_for_the_sequence_mixture() -> None:
     game = MatrixGame.random(8, seed=0)
-    geometric = Geometric(((small(8, 1, scale=2), 0.5), (small(8, 2, scale=2), 0.5)))
+    geometric: Any = Geometric(((small(8, 1, scale=2), 0.5), (small(8, 2, scale=2), 0.5)))
     exact = torch.as_tensor(geometric.log_prob(..., ...)).softmax(-1)[0]
     token = TokenMixture(geometric.parts).log_prob(..., torch.arange(8)[None]).exp()[0]
     n = 20_000
@@ -370,7 +380,7 @@ def test_importance_weights_make_the_token_mixture_stand_for_the_sequence_mixtur
     assert (means[False] - token).abs().max() < spread
 
 
-# --- same seed, same trajectory ------------------------------------------------------------------------------------------
+# --- same seed, same trajectory ----
 
 
 @pytest.mark.parametrize("solver", [RegressionSolver, ContrastiveSolver, PolicyGradientSolver])

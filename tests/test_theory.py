@@ -6,6 +6,8 @@ float64 operations; the equilibrium itself is exact to about 1e-13.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,7 +44,11 @@ def test_equilibrium_is_its_own_best_response(instance: Instance) -> None:
 def test_equilibrium_agrees_with_scipy_root(instance: Instance) -> None:
     game, tau, _ = instance
     log_mu = game.reference.log_probs
-    answer = root(lambda w: w - game.matrix @ softmax(log_mu + w) / tau, np.zeros(game.n), tol=1e-13)
+
+    def residual(w: np.ndarray) -> np.ndarray:
+        return np.asarray(w - game.matrix @ softmax(log_mu + w) / tau)
+
+    answer: Any = root(residual, np.zeros(game.n), tol=1e-13)
     assert answer.success
     assert_close(regularized_nash(game, tau).policy.probs, softmax(log_mu + answer.x), atol=1e-9)
 
@@ -193,7 +199,7 @@ def test_optimistic_md_is_the_two_sequence_form(instance: Instance) -> None:
     from nlhf import OptimisticMD
 
     game, tau, _ = instance
-    algorithm = OptimisticMD.default(tau)
+    algorithm: Any = OptimisticMD.default(tau)
     eta, b = algorithm.eta, algorithm.eta * tau
     log_mu = game.reference.log_probs
     state = algorithm.init(game.reference)

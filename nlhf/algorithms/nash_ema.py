@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nlhf.core import Geometric, Info, Policy, Prox, Regularized, Solve
 from nlhf.schedules import at, check_tau, is_number, mixing
@@ -12,9 +12,9 @@ from nlhf.schedules import at, check_tau, is_number, mixing
 class EMAState(NamedTuple):
     """The policy, the reference, and the average of past policies, which is the opponent."""
 
-    policy: Policy
-    reference: Policy
-    average: Policy
+    policy: Any
+    reference: Any
+    average: Any
     t: int = 0
 
 

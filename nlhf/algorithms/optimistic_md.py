@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nlhf.core import Geometric, Info, Mixture, Policy, Prox, Regularized, Solve
 from nlhf.schedules import at, check_tau, mixing
@@ -12,9 +12,9 @@ from nlhf.schedules import at, check_tau, mixing
 class OptimisticState(NamedTuple):
     """The policy, the reference, and the policy before."""
 
-    policy: Policy
-    reference: Policy
-    previous: Policy
+    policy: Any
+    reference: Any
+    previous: Any
     t: int = 0
 
 

@@ -1,0 +1,83 @@
+"""What may import what, and what it costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, in full."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def at_the_top(path: Path) -> set[str]:
+    """The top-level packages that a file imports when it is imported."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "statement", ["import nlhf", "import nlhf.tabular", "import nlhf.cli, nlhf.ladder, nlhf.plotting"]
+)
+def test_torch_stays_out(statement: str) -> None:
+    code = f"import sys; {statement}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_transformers_stay_out_of_the_torch_world_until_a_model_is_loaded() -> None:
+    code = "import sys, nlhf.llm; print(sorted({'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_two_worlds_do_not_know_each_other() -> None:
+    for world, other in (("tabular", "llm"), ("llm", "tabular")):
+        for path in (ROOT / world).glob("*.py"):
+            assert not any(name.startswith(f"nlhf.{other}") for name in imported(path)), path
+
+
+def test_the_core_knows_no_array_library() -> None:
+    for path in [
+        ROOT / "nlhf" / "core.py",
+        ROOT / "nlhf" / "schedules.py",
+        *(ROOT / "nlhf" / "algorithms").glob("*.py"),
+    ]:
+        assert not {name.split(".")[0] for name in imported(path)} & (HEAVY | {"numpy", "scipy", "pandas"}), path
+
+
+def test_language_model_libraries_are_imported_lazily_and_only_in_llm() -> None:
+    for path in [
+        *(ROOT / "nlhf").glob("*.py"),
+        *(ROOT / "tabular").glob("*.py"),
+        *(ROOT / "llm").glob("*.py"),
+    ]:
+        assert not at_the_top(path) & (HEAVY - {"torch"}), path
+        if path.parent.name != "llm":
+            assert "torch" not in at_the_top(path), path
+            assert not {name.split(".")[0] for name in imported(path)} & (HEAVY - {"torch"}), path
+
+
+@pytest.mark.parametrize("name", ["tabular", "llm"])
+def test_bare_names_are_refused_with_a_hint(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"ImportError: this folder is the package nlhf.{name}: write `import nlhf.{name}`" in done.stderr
