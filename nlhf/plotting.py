@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's palette, ordered dark to light and back so that neighbours differ in grey, too.
 STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#000000", "linestyle": "-", "marker": "o"},
+    {"color": "#000000", "linestyle": "-", "marker": "o", "linewidth": 3.5},  # seen under whatever agrees with it
     {"color": "#E69F00", "linestyle": "-", "marker": "s"},
     {"color": "#0072B2", "linestyle": "-", "marker": "^"},
     {"color": "#56B4E9", "linestyle": "-", "marker": "D"},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +120,7 @@ def run(
     if len(set(names)) < len(names) or "<lambda>" in names:
         raise ValueError(f"metrics must have distinct names of their own (__name__), got {names}")
     state = algorithm.init(solver.init() if policy is None else policy)
-    config = {"algorithm": repr(algorithm), "solver": repr(solver), "seed": seed}
+    config = {"algorithm": _plain(algorithm), "solver": _plain(solver), "seed": seed}
     records: list[tuple[int, str, float]] = []
     start, info, file = 0, Info(), None if checkpoint is None else Path(checkpoint)
 
@@ -133,8 +135,11 @@ def run(
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
             records.append((t, name, float(value)))
 
+    identity = {**config, "every": every, "metrics": names}
+    if file is not None:
+        identity |= {"start": _fingerprint(state), "game": _fingerprint(solver.game)}
     if file is not None and file.exists():
-        start, state, records, info = _load(file, config, state)
+        start, state, records, info = _load(file, identity, state)
     elif file is not None and not os.access(file.parent, os.W_OK):
         raise ValueError(f"checkpoint must be in a folder that can be written, got {file}")
     else:
@@ -149,7 +154,7 @@ def run(
         if (t + 1) % every == 0 or t + 1 == steps:
             record(t + 1)
             if file is not None:
-                _save(file, config, state, t + 1, records, info)
+                _save(file, identity, state, t + 1, records, info)
     return Trace(config, tuple(records), state, seconds)
 
 
@@ -181,28 +186,43 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
-def _save(file: Path, config: dict[str, Any], state: Any, t: int, records: list[Any], info: Info) -> None:
-    arrays = {
-        f"{name}.{key}": array
-        for name, value in state._asdict().items()
-        if not isinstance(value, int)
-        for key, array in value.arrays().items()
-    }
-    about = json.dumps({"config": config, "t": t, "records": records, "info": [info.prox_residual, info.oracle_calls]})
+def _plain(value: Any) -> str:
+    """The repr without memory addresses, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _arrays(state: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The parameters of every policy in a state, by field and name."""
+    policies = {name: value for name, value in state._asdict().items() if not isinstance(value, int)}
+    return {f"{name}.{key}": array for name, policy in policies.items() for key, array in policy.arrays().items()}
+
+
+def _fingerprint(value: Any) -> int:
+    """Of a state or a matrix game: their numbers, which a repr does not show."""
+    arrays = _arrays(value) if hasattr(value, "_asdict") else {"matrix": getattr(value, "matrix", np.empty(0))}
+    total = 0
+    for name, array in arrays.items():
+        total = zlib.crc32(np.ascontiguousarray(array), zlib.crc32(name.encode(), total))
+    return total
+
+
+def _save(file: Path, identity: dict[str, Any], state: Any, t: int, records: list[Any], info: Info) -> None:
+    about = {"run": identity, "t": t, "records": records, "info": [info.prox_residual, info.oracle_calls]}
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, about=np.array(about), **arrays)
+    np.savez(buffer, allow_pickle=False, about=np.array(json.dumps(about)), **_arrays(state))
     write_atomically(file, buffer.getvalue())
 
 
-def _load(file: Path, config: dict[str, Any], state: Any) -> tuple[int, Any, list[tuple[int, str, float]], Info]:
+def _load(file: Path, identity: dict[str, Any], state: Any) -> tuple[int, Any, list[tuple[int, str, float]], Info]:
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             arrays = dict(archive)
         about = json.loads(str(arrays.pop("about")))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint {file} cannot be read: {error}") from None
-    if about["config"] != config:
-        raise ValueError(f"checkpoint {file} is of another run: {about['config']}, this one is {config}")
+    if different := [key for key, value in identity.items() if about["run"].get(key) != value]:
+        here, there = ({key: run.get(key) for key in different} for run in (identity, about["run"]))
+        raise ValueError(f"checkpoint {file} is of another run: it has {there}, this one {here}")
     fields = {}
     for name, value in state._asdict().items():
         prefix = f"{name}."

@@ -14,7 +14,7 @@ from nlhf import MirrorProx, NashMD, algorithms, metrics, run
 from nlhf.llm import Enumerate, LogitTable, RegressionSolver, Sample, TinyTransformer
 from nlhf.run import write_atomically
 from nlhf.schedules import Harmonic, PowerDecay
-from nlhf.tabular import ExactSolver, MatrixGame
+from nlhf.tabular import ExactSolver, MatrixGame, regularized_nash
 
 GAME = MatrixGame.random(6, seed=0)
 
@@ -38,6 +38,11 @@ def test_trace_is_tidy(tmp_path: Path) -> None:
     trace.save(tmp_path / "deep" / "folder")
     assert json.loads((tmp_path / "deep" / "folder" / "config.json").read_text()) == trace.config
     assert (tmp_path / "deep" / "folder" / "trace.csv").read_text().count("\n") == len(frame) + 1
+
+
+def test_config_is_the_same_in_every_process() -> None:
+    trace = run(NashMD.default(0.2), RegressionSolver(GAME), 0, policy=LogitTable(GAME.reference))
+    assert "loss=<function variance>" in trace.config["solver"]
 
 
 def test_trace_draws_itself() -> None:
@@ -123,6 +128,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(NashMD(1.0, 0.1), ExactSolver(GAME), 2, checkpoint=file)
     with pytest.raises(ValueError, match="is of another run"):
         run(NashMD(1.0, 0.2), ExactSolver(GAME), 2, checkpoint=file)
+    other = MatrixGame.random(6, seed=1)
+    with pytest.raises(ValueError, match="is of another run: it has {'game'"):
+        run(NashMD(1.0, 0.1), ExactSolver(other), 2, checkpoint=file)
+    with pytest.raises(ValueError, match="is of another run: it has {'start'"):
+        run(NashMD(1.0, 0.1), ExactSolver(GAME), 2, checkpoint=file, policy=regularized_nash(GAME, 0.1).policy)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         run(NashMD(1.0, 0.1), ExactSolver(GAME), 2, checkpoint=file)
