@@ -1,14 +1,14 @@
 """The table of algorithms: every outer algorithm with every inner solver, on one intransitive game.
 
-    python benchmarks/table_of_algorithms.py --out runs/table-of-algorithms --steps 200 --tau 0.1 --seed 0 --n 16
+    python benchmarks/table_of_algorithms.py --out runs/table-of-algorithms --steps 150 --tau 0.1 --seed 0 --n 16
 
 The outer algorithm says which `Prox` to solve, the inner solver says how; many cells have a name of their own in
 the literature. Where the solver finds the answer, the cell shows the gap of the exact one in its row, whatever
 that is: the constant steps converge to the equilibrium, Nash-MD's schedule comes closer as about 1 / T^2, and the
-best response to the reference is another point. One policy gradient step does not find the answer; it lags.
+best response to the reference is another point. One policy gradient step does not find the answer, so it lags.
 
 Prints a table for a logit table and one for a transformer, both enumerated, and writes table.csv (tidy), table.png
-and table.svg. On a laptop this takes about four minutes.
+and table.svg. It takes about four minutes.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ SOLVERS: dict[str, Callable[..., Any]] = {
     "logistic": partial(llm.RegressionSolver, loss=logistic),
     "cross-entropy": partial(llm.RegressionSolver, loss=cross_entropy),
     "pairs": llm.ContrastiveSolver,
-    "gradient x 1": partial(llm.PolicyGradientSolver, steps=1),
-    "gradient x 20": partial(llm.PolicyGradientSolver, steps=20),
+    "PG 1 step": partial(llm.PolicyGradientSolver, steps=1),
+    "PG 20 steps": partial(llm.PolicyGradientSolver, steps=20),
 }
 NAMES = {
     ("SelfPlay", "variance"): "SPPO¹",
     ("SelfPlay", "logistic"): "DNO¹",
     ("SelfPlay", "pairs"): "INPO²",
-    ("SelfPlay", "gradient x 1"): "SP³",
+    ("SelfPlay", "PG 1 step"): "SP³",
     ("MagneticMD", "pairs"): "INPO",
     ("NashMD", "pairs"): "IPO-MD⁴",
-    ("NashMD", "gradient x 1"): "Nash-MD-PG⁴",
-    ("NashEMA", "gradient x 1"): "Nash-EMA-PG",
+    ("NashMD", "PG 1 step"): "Nash-MD-PG⁴",
+    ("NashEMA", "PG 1 step"): "Nash-EMA-PG",
     ("MirrorProx", "pairs"): "EGPO⁵",
     ("BestResponse", "variance"): "AGRO, CoPG⁶",
     ("BestResponse", "pairs"): "IPO⁷",
-    ("BestResponse", "gradient x 1"): "RLHF⁶",
-    ("BestResponse", "gradient x 20"): "RLHF⁶",
+    ("BestResponse", "PG 1 step"): "RLHF⁶",
+    ("BestResponse", "PG 20 steps"): "RLHF⁶",
 }
 NOTES = """\
 ¹ SPPO and DNO have tau = 0; SPPO fixes the free constant of the regression at eta / 2.
@@ -72,7 +72,8 @@ NOTES = """\
 ⁴ Both keep the mixture weight constant, here it is eta_t tau; IPO-MD takes one gradient step per round.
 ⁵ EGPO draws the pairs uniformly and takes one gradient step for each of the two solves.
 ⁶ With the win rate over the reference as the reward.
-⁷ With pairs from the reference."""
+⁷ With pairs from the reference.
+PG: policy gradient. The default steps of SelfPlay and MagneticMD make one and the same iteration."""
 # A loss in double precision tells policies 1e-8 apart, and the gap is quadratic: below this it is rounding.
 FLOOR = 1e-14
 
@@ -140,18 +141,18 @@ def draw(frame: pd.DataFrame, notes: str) -> Figure:
     figure = Figure(figsize=(14, 6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, len(POLICIES), sharey=True))
     gaps = {policy: last(frame, policy, "duality_gap") for policy in POLICIES}
-    norm = LogNorm(FLOOR, max(table.max().max() for table in gaps.values()))
+    norm = LogNorm(FLOOR, max(10 * FLOOR, *(table.max().max() for table in gaps.values())))
     colours = colormaps["viridis"].with_extremes(bad="0.92")
     columns = np.array_split(notes.splitlines(), len(panels))
     for ax, (policy, table), lines in zip(panels, gaps.items(), columns, strict=True):
         image = ax.imshow(table.clip(lower=FLOOR), norm=norm, cmap=colours, aspect="auto")
         for (i, j), gap in np.ndenumerate(table.to_numpy()):
             red, green, blue, _ = colours(norm(gap)) if np.isfinite(gap) else (1.0, 1.0, 1.0, 1.0)
-            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.46 else "white"
             name = NAMES.get((ROWS[i], list(SOLVERS)[j]), "")
             ax.text(j, i - 0.12 * bool(name), short(gap), color=ink, ha="center", va="center", fontsize=9)
             ax.text(j, i + 0.22, name, color=ink, ha="center", va="center", fontsize=7)
-        ax.set_xticks(range(len(SOLVERS)), [column.replace(" ", "\n", 1) for column in SOLVERS], fontsize=8.5)
+        ax.set_xticks(range(len(SOLVERS)), [column.replace(" ", "\n", 1) for column in SOLVERS], fontsize=8)
         ax.set_yticks(range(len(ROWS)), ROWS)
         ax.set_xticks(np.arange(1, len(SOLVERS)) - 0.5, minor=True)
         ax.set_yticks(np.arange(1, len(ROWS)) - 0.5, minor=True)
@@ -159,14 +160,14 @@ def draw(frame: pd.DataFrame, notes: str) -> Figure:
         ax.tick_params(which="both", length=0)
         ax.spines[:].set_visible(False)
         ax.set(title=f"{policy}, enumerated", xlabel="inner solver")
-        ax.text(0, -0.21, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=7.5, linespacing=1.5)
+        ax.text(0, -0.19, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=7, linespacing=1.5)
     panels[0].set_ylabel("outer algorithm")
     figure.colorbar(image, ax=panels, label=plotting.LABELS["duality_gap"], extend="min", pad=0.01)
     return figure
 
 
 def main(
-    out: Path = Path("runs/table-of-algorithms"), steps: int = 200, tau: float = 0.1, seed: int = 0, n: int = 16
+    out: Path = Path("runs/table-of-algorithms"), steps: int = 150, tau: float = 0.1, seed: int = 0, n: int = 16
 ) -> None:
     """Fill the table of algorithms: outer algorithm x inner solver.
 
@@ -177,7 +178,11 @@ def main(
         seed: of the game, >= 0.
         n: number of responses.
     """
+    for name, value, least in (("steps", steps, 1), ("seed", seed, 0), ("n", n, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     # Matrices this small gain nothing from a second thread, and lose much where it has to wait for a core.
     torch.set_num_threads(1)
     frame, refused = fill(MatrixGame.random(n, seed), steps, tau, seed)
@@ -186,7 +191,6 @@ def main(
     print("\n\n".join(report(frame, policy) for policy in POLICIES), end="\n\n")
     notes = "\n".join([NOTES, *(f"– {cell}: {reason}" for cell, reason in refused.items())])
     print(notes, end="\n\n")
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "table.csv", frame.to_csv(index=False).encode())
     for path in (out / "table.csv", *plotting.save(draw(frame, notes), out / "table")):
         print(f"wrote {path}")

@@ -76,7 +76,7 @@ class TokenPolicy(ABC):
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The parameters, for a checkpoint."""
-        return {name: p.numpy(force=True) for name, p in self.params.items()}
+        return {name: p.numpy(force=True).copy() for name, p in self.params.items()}
 
     def replace(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Self:
         """This network with the parameters of a checkpoint."""

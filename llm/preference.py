@@ -42,13 +42,13 @@ class JudgedGame:
     """
 
     judge: Judge
-    prompts: tuple[str, ...]
+    prompts: Sequence[str]
     text: Callable[[Any], list[list[str]]] = field(repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ValueError(f"prompts must be a list of at least one prompt, got {self.prompts!r}")
         object.__setattr__(self, "prompts", tuple(self.prompts))
-        if not self.prompts:
-            raise ValueError("prompts must hold at least one prompt, got none")
 
     @property
     def prompt_weights(self) -> Floats:
@@ -139,7 +139,7 @@ def sampled_gap(reference: TokenPolicy, n: int, seed: int, level: float = 0.9) -
     """The metric `duality_gap` from n samples per prompt of the reference and as many of the policy.
 
     Records also `duality_gap_low` and `duality_gap_high` (a bootstrap interval), `kl_to_reference` and `win_rate` over
-    the reference. The bias is that of `nlhf.metrics.estimated_gap`: for small tau the value is a lower bound. The
+    the reference. What the value and the interval mean, and which way they err, says `nlhf.metrics.estimated_gap`. The
     same seed serves every call, so that a curve shows the policy's change and not the sampler's.
     """
 

@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Adam, Optimizer
 from nlhf.core import Info, Mixture, Prox
 from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, squared_residual, variance
 from nlhf.llm.policy import TokenMixture, TokenPolicy
+from nlhf.schedules import check_count
 
 P = TypeVar("P", bound=TokenPolicy)
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
@@ -69,9 +70,9 @@ class Sample:
     correct: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (("n", self.n), ("opponents", self.opponents)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
-                raise ValueError(f"{name} must be an integer >= 2, got {value!r}")
+        check_count("n", self.n, 2)
+        if self.opponents is not None:
+            check_count("opponents", self.opponents, 2)
 
     @property
     def m(self) -> int:
@@ -106,7 +107,7 @@ class Sample:
         blocks, k = [], 0
         for (n, groups), *pieces in zip(sizes, *drawn, strict=True):
             y = torch.cat(pieces, 1)
-            log_law, anchor = _law_and_anchor(prox, x, y)
+            log_law, anchor = _law_and_anchor(prox, x, y, [piece.shape[1] / n for piece in pieces])
             block = []
             for m in groups:
                 win = torch.zeros_like(anchor)
@@ -269,6 +270,7 @@ def _fit(start: P, loss: Callable[[P], Tensor], steps: int, optimizer: MakeOptim
     """The policy that `steps` of the optimiser make of `start`, which is left as it is."""
     params = {name: p.detach().clone().requires_grad_() for name, p in start.params.items()}
     policy = start.with_params(params)
+    check_count("steps", steps, 1)
     searcher = (optimizer or _lbfgs(steps))(list(params.values()))
     scale = 1.0 if optimizer else 0.0
 
@@ -316,14 +318,16 @@ def _generator(expectation: Enumerate | Sample, seed: int | None) -> torch.Gener
     if isinstance(expectation, Enumerate):
         return None
     if seed is None:
-        raise ValueError("a solver that samples needs a seed: call it through nlhf.run or nlhf.run.seeded")
+        raise ValueError("a solver that samples needs a seed: call it through nlhf.run or nlhf.seeded")
     return torch.Generator().manual_seed(seed)
 
 
-def _law_and_anchor(prox: Prox, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """(B, n) log-probabilities of the average of the anchor's parts and, from the same numbers, of the anchor."""
+def _law_and_anchor(prox: Prox, x: Any, y: Any, shares: list[float] | None = None) -> tuple[Tensor, Tensor]:
+    """(B, n) log-probabilities of the anchor's parts mixed by shares (evenly), and of the anchor from the same numbers."""
     scored = [(torch.as_tensor(policy.log_prob(x, y)), weight) for policy, weight in prox.anchor.parts if weight]
-    law = torch.stack([log_prob for log_prob, _ in scored]).logsumexp(0) - np.log(len(scored))
+    with np.errstate(divide="ignore"):  # a part may have no share of two or three responses
+        logs = np.log(shares or [1 / len(scored)] * len(scored))
+    law = torch.stack([log_prob + log for (log_prob, _), log in zip(scored, logs, strict=True)]).logsumexp(0)
     return law, torch.stack([weight * log_prob for log_prob, weight in scored]).sum(0)
 
 

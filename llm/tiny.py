@@ -33,7 +33,7 @@ class TinyTransformer(TokenPolicy):
         seed: of the initial weights.
         dtype: of the weights and everything computed from them.
 
-    Raises ValueError if vocab < 2 or heads does not divide width.
+    Raises ValueError if vocab < 2 or the sizes do not fit.
 
     >>> from nlhf.tabular import MatrixGame
     >>> policy = TinyTransformer(MatrixGame.rock_paper_scissors(reference=[0.5, 0.3, 0.2]).reference, vocab=2)
@@ -57,8 +57,10 @@ class TinyTransformer(TokenPolicy):
     ) -> None:
         if vocab < 2:
             raise ValueError(f"vocab must be at least 2, got {vocab}")
-        if width % heads:
-            raise ValueError(f"heads must divide width, got heads = {heads}, width = {width}")
+        if min(width, layers, heads) < 1 or width % heads:
+            raise ValueError(
+                f"width, layers and heads must be at least 1 and heads divide width, got {width}, {layers} and {heads}"
+            )
         log_probs = np.atleast_2d(table(start))
         prompts, self.n = log_probs.shape
         self.vocab, self.length = vocab, 1

@@ -2,7 +2,7 @@
 
 from nlhf import metrics
 from nlhf.algorithms import BestResponse, MagneticMD, MirrorProx, NashEMA, NashMD, OptimisticMD, SelfPlay
-from nlhf.run import Trace, run
+from nlhf.run import Trace, run, seeded
 
 __all__ = [
     "BestResponse",
@@ -15,4 +15,5 @@ __all__ = [
     "Trace",
     "metrics",
     "run",
+    "seeded",
 ]

@@ -62,7 +62,7 @@ def ladder(
     if model is not None:
         from nlhf.llm import CausalLM
 
-        policy = CausalLM.from_pretrained(model, max_new_tokens=16, seed=seed)
+        policy = CausalLM.from_pretrained(model, max_new_tokens=12, seed=seed)
     climbed = climb(chosen, played, name, steps, seed, policy)
     written = climbed.save(out)
     start = climbed.traces["1 exact table"].values("duality_gap")[1][0]
@@ -87,6 +87,6 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             {"ladder": ladder}, prog="nlhf", description="Preference games, exactly and on language models."
         )
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, ArithmeticError) as error:
         print(f"nlhf: {error}", file=sys.stderr)
         sys.exit(2)

@@ -99,7 +99,8 @@ class Info:
     """What a solve cost and how far it stayed from the answer. `+` joins the solves of one iteration."""
 
     prox_residual: float = 0.0
-    """Standard deviation over held-out responses of log pi(y) - log answer(y), in nats; 0 is exact."""
+    """Standard deviation over held-out responses of log pi(y) - log answer(y), in nats. Estimated where responses are
+    sampled: 0 there means too small for the sample to tell from the noise of judging."""
     oracle_calls: int = 0
     """Win probabilities P(y > z | x) looked up."""
 
@@ -142,9 +143,9 @@ class Regularized:
         """The algorithm with the step size that theory recommends."""
         raise NotImplementedError
 
-    def init(self, policy: Policy) -> Any:
-        """The state at t = 0; the reference is the frozen initial policy."""
-        return State(policy, policy.freeze())
+    def init(self, policy: Any, reference: Any = None) -> Any:
+        """The state at t = 0; the reference is the frozen initial policy if none is given."""
+        return State(policy, reference or policy.freeze())
 
     def step(self, state: Any, solve: Solve) -> tuple[Any, Info]:
         """One iteration, as a function: the state that comes in is left as it is."""
@@ -163,8 +164,8 @@ class Algorithm(Protocol):
         """Strength of the KL regularisation towards the reference, >= 0."""
         ...
 
-    def init(self, policy: Policy) -> Any:
-        """The state at t = 0; the reference is the frozen initial policy."""
+    def init(self, policy: Any, reference: Any = None) -> Any:
+        """The state at t = 0; the reference is the frozen initial policy if none is given."""
         ...
 
     def step(self, state: Any, solve: Solve) -> tuple[Any, Info]:

@@ -32,7 +32,7 @@ GAMES: dict[str, Callable[[int], MatrixGame]] = {
 }
 """The games that `nlhf ladder --game` knows by name, made from the seed."""
 
-PROMPTS = ("Describe the movie you saw last night.", "What is your favourite season, and why?")
+PROMPTS = ("In one short sentence, how was the film?", "In one short sentence, what do you think of winter?")
 MODEL_STEPS = 5
 RUNGS = (
     "1 exact table",
@@ -120,13 +120,11 @@ class Ladder:
         plotting.mark_start(axes[0])
         if model:
             at, low = model.values("duality_gap_low")
-            axes[1].fill_between(
-                at, low, model.values("duality_gap_high")[1], color="0.85", label="90 % bootstrap interval"
-            )
+            axes[1].fill_between(at, low, model.values("duality_gap_high")[1], color="0.85", label="90 % of resamples")
             axes[1].plot(at, model.values("duality_gap")[1], label=RUNGS[5], linewidth=1.4, **looks[RUNGS[5]])
             axes[1].axhline(0, color="k", linewidth=0.6)
             axes[1].set(xlabel="iteration", ylabel="estimated duality gap (win probability)", xticks=at)
-            axes[1].set_title("a game of its own: scripted judge, sampled responses\nestimate, biased low", fontsize=10)
+            axes[1].set_title("a game of its own: scripted judge, sampled responses\nestimate, errs low", fontsize=10)
             axes[1].legend(fontsize=8, frameon=False)
             axes[1].spines[["top", "right"]].set_visible(False)
         return figure
@@ -146,6 +144,7 @@ class Ladder:
             "algorithm": repr(self.algorithm),
             "game": self.game_name,
             "seed": self.seed,
+            "steps": {name: trace.records[-1][0] for name, trace in self.traces.items()},
             "solvers": {name: trace.config["solver"] for name, trace in self.traces.items()},
             "versions": {"python": platform.python_version(), **packages},
         }
@@ -207,9 +206,10 @@ def _language_model(algorithm: Regularized, model: Any, seed: int, progress: boo
     from nlhf.llm.preference import cycle_judge, sampled_gap
 
     game = JudgedGame(cycle_judge, PROMPTS, model.text)
-    # Long responses: a few importance weights would take all, so the opponent stays the token-level mixture.
-    solver = RegressionSolver(game, Sample(8, correct=False), steps=4, optimizer=partial(Adam, lr=1e-3))
-    gap = sampled_gap(model, 32, seed)
+    # Long responses: a few importance weights would take all, so the opponent stays the token-level mixture. Two small
+    # steps: on 32 responses of a model of any size, more of them fit the sample and unfit what is held out.
+    solver = RegressionSolver(game, Sample(16, 32, correct=False), steps=2, optimizer=partial(Adam, lr=1e-4))
+    gap = sampled_gap(model, 64, seed)
     return run(algorithm, solver, MODEL_STEPS, policy=model, metrics=(gap,), seed=seed, progress=progress)
 
 
@@ -223,9 +223,7 @@ def load_game(name: str, seed: int) -> tuple[MatrixGame, str]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"game must be one of {', '.join(GAMES)} or a CSV file, got {name!r}")
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        log = "winner" in file.readline()
-    return (MatrixGame.from_comparisons if log else MatrixGame.from_csv)(path), path.stem
+    return MatrixGame.from_file(path), path.stem
 
 
 def check_folder(out: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax, logsumexp, softmax
 
 from nlhf.core import Policy
 from nlhf.schedules import check_tau
@@ -120,8 +120,8 @@ def gap_from_kl(kl: float, tau: float) -> float:
     c(s) KL(pi*, pi): c(log r) is the ratio of the two integrands, r log r - r + 1 and r - 1 - log r, and grows with r.
     """
     s = 2 / check_tau(tau, positive=True)
-    # both sides times e^-s, which may be 0 but never overflows
-    c = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s))
+    # both sides times e^-s, which may be 0 but never overflows; near s = 0 the ratio cancels, and is 1 + s / 3 or less
+    c = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s)) if s > 1e-3 else 1 + s / 3
     return float((tau * c + 1 / (4 * tau)) * kl)
 
 
@@ -143,12 +143,17 @@ def estimated_gap(
 ) -> Estimate:
     """The duality gap of a policy whose responses cannot be listed, from samples, with a bootstrap interval.
 
-        gap ≈ tau log mean_i exp(mean_j win[x, i, j] / tau) + tau mean_j log_ratio[x, j] - 1/2,  averaged over x
+        gap ≈ tau log mean_i exp(a_i / tau) + sum_i q_i (b_i - a_i) + tau mean_j log_ratio_j - 1/2
+        q = softmax(a / tau)
 
-    Bias: DOWN, because the best response is sought among the N reference samples only (the logarithm of a mean is
-    low, Jensen): with tau far below 1 / log N read the value as a lower bound. The noise of the M policy samples inside
-    the exponential pushes UP, by about Var(win) / (2 tau M). The interval shows the noise of both samples; it cannot
-    show responses that no sample holds.
+    where a_i and b_i are the mean wins of y_i over one half and over the other half of the policy's samples, averaged
+    over the two ways to call them. The reply q is chosen on one half and paid on the other, so that it does not
+    profit from noise that it was fitted to.
+
+    Bias: DOWN. The reply is not the best one, and it is sought among N reference samples only (the logarithm of a mean
+    is low, Jensen). For tau below about 1 / log N what N samples cannot see dominates, and the value is no more than a
+    lower bound. The interval shows the spread of the estimate over new samples, around its own biased mean; it is
+    not a confidence interval for the gap.
 
     Args:
         win: (X, N, M) P(y_i > z_j | x), y_i from the reference, z_j from the policy.
@@ -165,33 +170,42 @@ def estimated_gap(
     Estimate(value=0.0, low=0.0, high=0.0)
     """
     check_tau(tau, positive=True)
-    if win.ndim != 3 or log_ratio.shape != (win.shape[0], win.shape[2]):
-        raise ValueError(f"log_ratio must be (X, M) and win (X, N, M), got {log_ratio.shape} and {win.shape}")
+    if win.ndim != 3 or log_ratio.shape != (win.shape[0], win.shape[2]) or min(win.shape) < 1 or win.shape[2] < 2:
+        raise ValueError(
+            f"win must be (X, N, M) with M >= 2 and log_ratio (X, M), got {win.shape} and {log_ratio.shape}"
+        )
     if not (np.isfinite(log_ratio).all() and ((win >= 0) & (win <= 1)).all()):
         raise ValueError(
             "win must hold probabilities and log_ratio finite numbers, got NaN, inf or a number outside [0, 1]"
         )
 
-    def gap(by_reference: Floats, by_policy: Floats) -> Floats:
-        """Gaps of the resamples given how often each sample was drawn, (R, X, N) and (R, X, M), as shares."""
-        against = np.einsum("xnm,rxm->rxn", win, by_policy)
-        value = tau * logsumexp(against / tau, b=by_reference, axis=-1) + tau * np.sum(log_ratio * by_policy, axis=-1)
-        return np.mean(value - 0.5, axis=-1)
+    def gap(by_reference: Floats, one: Floats, two: Floats) -> Floats:
+        """(R,) from how often each sample was drawn, as shares (R, X, N), (R, X, M / 2) and (R, X, M / 2)."""
+        a = np.einsum("xnm,rxm->rxn", win[:, :, ::2], one)
+        b = np.einsum("xnm,rxm->rxn", win[:, :, 1::2], two)
+        paid = 0.5 * (_paid(a, b, by_reference, tau) + _paid(b, a, by_reference, tau))
+        kl = 0.5 * np.sum(log_ratio[:, ::2] * one, axis=-1) + 0.5 * np.sum(log_ratio[:, 1::2] * two, axis=-1)
+        return np.mean(paid + tau * kl - 0.5, axis=-1)
 
     (X, N, M) = win.shape
-    value = gap(np.full((1, X, N), 1 / N), np.full((1, X, M), 1 / M))[0]
-    drawn = gap(
-        rng.multinomial(N, np.full(N, 1 / N), size=(resamples, X)) / N,
-        rng.multinomial(M, np.full(M, 1 / M), size=(resamples, X)) / M,
-    )
+    sizes = N, (M + 1) // 2, M // 2
+    value = gap(*(np.full((1, X, size), 1 / size) for size in sizes))[0]
+    drawn = gap(*(rng.multinomial(size, np.full(size, 1 / size), size=(resamples, X)) / size for size in sizes))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(low), float(high))
+
+
+def _paid(a: Floats, b: Floats, shares: Floats, tau: float) -> Floats:
+    """Value against b, less its KL, of the reply to a, over the last axis: y_i has the reference weight shares_i."""
+    with np.errstate(divide="ignore"):  # a sample that was not drawn weighs nothing
+        q = softmax(a / tau + np.log(shares), axis=-1)
+    return np.asarray(tau * logsumexp(a / tau, b=shares, axis=-1) + np.sum(q * (b - a), axis=-1))
 
 
 def _kl(p: Floats, q: Floats) -> Floats:
     """Row-wise KL of log-probabilities as sum p (e^d - 1 - d), d = log q - log p: no term is negative, none cancels."""
     nothing = np.isneginf(p)
-    d = q - np.where(nothing, 0.0, p)
+    d = np.where(nothing, 0.0, q) - np.where(nothing, 0.0, p)
     near = np.exp(p) * (np.expm1(np.minimum(d, 1.0)) - d)
     far = np.exp(q) - np.exp(p) * np.where(nothing, 0.0, 1 + d)  # where e^d could overflow
     terms = np.where((d > 1) | nothing, far, near)
@@ -199,4 +213,8 @@ def _kl(p: Floats, q: Floats) -> Floats:
 
 
 def _over_prompts(values: Any, weights: Floats | None) -> float:
-    return float(np.mean(values) if weights is None else np.sum(np.asarray(values) * weights))
+    if weights is None:
+        return float(np.mean(values))
+    if np.size(values) != np.size(weights):
+        raise ValueError(f"policy must have {np.size(weights)} prompts as the game has, got {np.size(values)}")
+    return float(np.ravel(values) @ np.ravel(weights))

@@ -32,7 +32,10 @@ LABELS = {
 
 def curve(steps: Any, values: Any, metric: str, ax: Axes | None = None, **style: Any) -> Axes:
     """One metric against the iteration, log-log, on `ax` or on a new figure. Step 0 is drawn at 1/2."""
-    ax = Figure(figsize=(6, 4), layout="constrained").subplots() if ax is None else ax
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     x = np.where(np.asarray(steps) == 0, 0.5, steps)
     marks = {
         "markevery": _log_spaced(x),

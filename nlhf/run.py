@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nlhf.core import Algorithm, Info, Policy, Prox, Solve
-from nlhf.metrics import Metric, duality_gap
+from nlhf.metrics import Metric, duality_gap, table
+from nlhf.schedules import check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +84,7 @@ def run(
     steps: int,
     *,
     policy: Policy | None = None,
+    reference: Policy | None = None,
     metrics: Sequence[Metric] = (duality_gap,),
     every: int = 1,
     seed: int = 0,
@@ -95,7 +97,9 @@ def run(
         algorithm: any `nlhf.core.Algorithm`.
         solver: answers the algorithm's sub-problems and holds the game, `solver.game`.
         steps: number of iterations, >= 0.
-        policy: where to start; `solver.init()` by default, which is the reference.
+        policy: where to start; by default the reference of an `ExactSolver`'s game.
+        reference: what tau pulls to; by default the reference of an `ExactSolver`'s game, and otherwise the policy. It
+            must agree with `game.reference` where the game has one, for that is what the duality gap refers to.
         metrics: functions (policy, game, tau) -> number, or -> {name: number}, recorded by name next to the
             solver's own `prox_residual` and `oracle_calls` (cumulative).
         every: record every so many steps; the first and the last are always recorded.
@@ -114,12 +118,11 @@ def run(
     True
     """
     for name, value, least in (("steps", steps, 0), ("every", every, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    names = [metric.__name__ for metric in metrics]
+        check_count(name, value, least)
+    names = [getattr(metric, "__name__", "<lambda>") for metric in metrics]
     if len(set(names)) < len(names) or "<lambda>" in names:
         raise ValueError(f"metrics must have distinct names of their own (__name__), got {names}")
-    state = algorithm.init(solver.init() if policy is None else policy)
+    state = algorithm.init(*_ends(solver, policy, reference))
     config = {"algorithm": _plain(algorithm), "solver": _plain(solver), "seed": seed}
     records: list[tuple[int, str, float]] = []
     start, info, file = 0, Info(), None if checkpoint is None else Path(checkpoint)
@@ -135,11 +138,15 @@ def run(
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
             records.append((t, name, float(value)))
 
-    identity = {**config, "every": every, "metrics": names}
+    identity: dict[str, Any] = {**config, "every": every, "metrics": names}
     if file is not None:
-        identity |= {"start": _fingerprint(state), "game": _fingerprint(solver.game)}
+        identity |= {"start": _fingerprint(_arrays(state)), "game": _fingerprint(_numbers(solver.game))}
     if file is not None and file.exists():
         start, state, records, info = _load(file, identity, state)
+        if start > steps:
+            raise ValueError(f"steps must be at least the {start} that checkpoint {file} has done, got {steps}")
+        if start < steps:  # the last row of a shorter run is not one of this run's
+            records = [row for row in records if row[0] % every == 0]
     elif file is not None and not os.access(file.parent, os.W_OK):
         raise ValueError(f"checkpoint must be in a folder that can be written, got {file}")
     else:
@@ -180,10 +187,27 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(file.name, 0o666 & ~umask)  # a temporary file starts out private
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _ends(solver: Any, policy: Policy | None, reference: Policy | None) -> tuple[Policy, Policy]:
+    """Where a run starts, and the reference that it is pulled to."""
+    own = solver.init() if hasattr(solver, "init") else None
+    policy = own if policy is None else policy
+    if policy is None:
+        raise ValueError(f"policy must be given: {type(solver).__name__} has none to start from")
+    reference = reference or own or policy
+    if (expected := getattr(solver.game, "reference", None)) is not None:
+        here, there = np.atleast_2d(np.exp(table(reference))), np.atleast_2d(np.exp(table(expected)))
+        if here.shape != there.shape or np.abs(here - there).max() > 1e-6:  # a float32 policy is 1e-7 away
+            raise ValueError("reference (by default the policy) must agree with game.reference, got another law")
+    return policy, reference.freeze()
 
 
 def _plain(value: Any) -> str:
@@ -197,12 +221,17 @@ def _arrays(state: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {f"{name}.{key}": array for name, policy in policies.items() for key, array in policy.arrays().items()}
 
 
-def _fingerprint(value: Any) -> int:
-    """Of a state or a matrix game: their numbers, which a repr does not show."""
-    arrays = _arrays(value) if hasattr(value, "_asdict") else {"matrix": getattr(value, "matrix", np.empty(0))}
+def _numbers(game: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a matrix game; none of a game that asks a judge."""
+    arrays = {name: value for name, value in vars(game).items() if isinstance(value, np.ndarray)}
+    return arrays | ({"reference": table(game.reference)} if hasattr(game, "reference") else {})
+
+
+def _fingerprint(arrays: Mapping[str, np.ndarray[Any, Any]]) -> int:
+    """Of the numbers that a repr does not show."""
     total = 0
     for name, array in arrays.items():
-        total = zlib.crc32(np.ascontiguousarray(array), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), total))
     return total
 
 
@@ -218,10 +247,11 @@ def _load(file: Path, identity: dict[str, Any], state: Any) -> tuple[int, Any, l
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             arrays = dict(archive)
         about = json.loads(str(arrays.pop("about")))
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"checkpoint {file} cannot be read: {error}") from None
-    if different := [key for key, value in identity.items() if about["run"].get(key) != value]:
-        here, there = ({key: run.get(key) for key in different} for run in (identity, about["run"]))
+        before = dict(about["run"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"checkpoint {file} cannot be read: {error!r}") from None
+    if different := [key for key, value in identity.items() if before.get(key) != value]:
+        here, there = ({key: run.get(key) for key in different} for run in (identity, before))
         raise ValueError(f"checkpoint {file} is of another run: it has {there}, this one {here}")
     fields = {}
     for name, value in state._asdict().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 Schedule: TypeAlias = Callable[[int], float]
@@ -49,7 +49,8 @@ class PowerDecay:
     power: float
 
     def __post_init__(self) -> None:
-        check_eta(self.eta)
+        if not (is_number(self.eta) and self.eta > 0):
+            raise ValueError(f"eta must be a finite number > 0, got {self.eta!r}")
         if not (is_number(self.power) and self.power >= 0):
             raise ValueError(f"power must be a finite number >= 0, got {self.power!r}")
 
@@ -92,3 +93,9 @@ def check_eta(eta: Any) -> Any:
     if not is_number(eta) or eta <= 0:
         raise ValueError(f"eta must be a finite number > 0 or a schedule t -> eta_t, got {eta!r}")
     return eta
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """ValueError unless value is an integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -66,8 +66,11 @@ def _newton_at(skew: Floats, log_mu: Floats, tau: float, w: Floats) -> tuple[Flo
         return pi, w - skew @ pi / tau
 
     pi, r = residual(w)
+    rounding = 8 * np.finfo(np.float64).eps * np.sqrt(w.size) * (1 + 0.5 / tau)  # of r, whose entries reach 0.5 / tau
     for step in range(200):
         size = np.linalg.norm(r)
+        if size <= rounding:
+            return w, step
         jacobian = np.eye(pi.size) - (skew * pi - np.outer(skew @ pi, pi)) / tau
         direction = np.linalg.solve(jacobian, -r)
         t = 1.0
@@ -75,7 +78,6 @@ def _newton_at(skew: Floats, log_mu: Floats, tau: float, w: Floats) -> tuple[Flo
         while not np.linalg.norm(r_new) <= (1 - 1e-4 * t) * size and t > 1e-8:
             t /= 2
             pi_new, r_new = residual(w + t * direction)
-        # The residual falls by a square per step until rounding stops it: then the last w is the answer.
         if not np.linalg.norm(r_new) < size:
             return w, step
         w, pi, r = w + t * direction, pi_new, r_new

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
+from nlhf.schedules import check_count
 from nlhf.tabular.policy import Floats, Tabular
 
 Path = str | PathLike[str]
@@ -51,15 +52,20 @@ class MatrixGame:
         prompt_weights: ArrayLike | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        matrix = np.array(win_prob, dtype=np.float64)
+        try:
+            matrix = np.array(win_prob, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"win_prob must be an array of numbers: {error}") from None
         _check_matrix(matrix)
         matrix.flags.writeable = False
         self.matrix: Floats = matrix
         self.reference = _reference(reference, matrix.shape[:-1])
         self.prompt_weights = _weights(prompt_weights, matrix.shape[:-2])
         self.labels = None if labels is None else tuple(labels)
-        if self.labels is not None and len(self.labels) != self.n:
-            raise ValueError(f"labels must name the {self.n} responses, got {len(self.labels)} names")
+        if self.labels is not None and (len(self.labels) != self.n or len(set(self.labels)) != self.n):
+            raise ValueError(
+                f"labels must be {self.n} distinct names, got {len(set(self.labels))} of {len(self.labels)}"
+            )
 
     @property
     def n(self) -> int:
@@ -99,8 +105,7 @@ class MatrixGame:
         >>> MatrixGame.cyclic(4, 0.9).matrix[0]
         array([0.5, 0.9, 0.5, 0.1])
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+        check_count("n", n, 1)
         if not 0 <= win <= 1:
             raise ValueError(f"win must be a probability, got {win!r}")
         ahead = (np.arange(n) - np.arange(n)[:, None]) % n
@@ -116,21 +121,25 @@ class MatrixGame:
         array([0.9, 0.5])
         """
         r = np.asarray(scores, dtype=np.float64)
+        if r.ndim not in (1, 2) or not np.isfinite(r).all():
+            raise ValueError(f"scores must be finite numbers of shape (n,) or (X, n), got {scores!r}")
         return cls(expit(r[..., :, None] - r[..., None, :]), **kwargs)
 
     @classmethod
     def random(cls, n: int, seed: int | np.random.Generator, prompts: int | None = None, **kwargs: Any) -> MatrixGame:
         """Independent uniform win probabilities, intransitive as soon as n > 2; (prompts, n, n) if prompts is given."""
+        check_count("n", n, 1)
         rng = np.random.default_rng(seed)
         upper = np.triu(rng.uniform(-0.5, 0.5, size=(n, n) if prompts is None else (prompts, n, n)), 1)
         return cls(0.5 + upper - np.swapaxes(upper, -1, -2), **kwargs)
 
     @classmethod
     def low_rank(cls, n: int, rank: int, seed: int | np.random.Generator, **kwargs: Any) -> MatrixGame:
-        """P = 1/2 + F S F^T with features F (n, rank) on the unit sphere and S / 2 a random rotation by 90 degrees.
+        """P = 1/2 + F S F^T with features F (n, rank) random on the unit sphere and 2 S a rotation by 90 degrees.
 
         `rank` must be even: a skew-symmetric matrix has even rank.
         """
+        check_count("n", n, 1)
         if rank < 2 or rank % 2:
             raise ValueError(f"rank must be even and at least 2, got {rank}")
         features = np.random.default_rng(seed).standard_normal((n, rank))
@@ -149,8 +158,16 @@ class MatrixGame:
         """
         if not games:
             raise ValueError("games must hold at least one annotator, got none")
+        if len({game.matrix.shape for game in games}) > 1:
+            raise ValueError(f"games must have one shape, got {[game.matrix.shape for game in games]}")
         share = _weights(weights, (len(games),), name="weights")
         return cls(np.tensordot(share, np.stack([game.matrix for game in games]), axes=1), **kwargs)
+
+    @classmethod
+    def from_file(cls, path: Path, **kwargs: Any) -> MatrixGame:
+        """`from_comparisons` if the file has the columns item_a, item_b and winner, else `from_csv`."""
+        log = {"item_a", "item_b", "winner"} <= set(_read_csv(path)[0][1])
+        return (cls.from_comparisons if log else cls.from_csv)(path, **kwargs)
 
     @classmethod
     def from_csv(cls, path: Path, **kwargs: Any) -> MatrixGame:
@@ -159,9 +176,9 @@ class MatrixGame:
         Raises FileNotFoundError, or ValueError with the file and line that is wrong.
         """
         rows = _read_csv(path)
-        header = rows[0][1][1:]
+        first, header = rows[0][0], rows[0][1][1:]
         if len(set(header)) != len(header):
-            raise ValueError(f"{path}, line 1: names must be distinct, got {_repeated(header)!r} twice")
+            raise ValueError(f"{path}, line {first}: names must be distinct, got {_repeated(header)!r} twice")
         names, values = [], []
         for line, row in rows[1:]:
             if len(row) != len(header) + 1:
@@ -296,10 +313,10 @@ def _probability(cell: str, path: Path, line: int) -> float:
 
 
 def _read_comparisons(path: Path) -> list[Comparison]:
-    (_, header), *rows = _read_csv(path)
+    (first, header), *rows = _read_csv(path)
     needed, known = ["item_a", "item_b", "winner"], ["item_a", "item_b", "winner", "weight"]
     if not (set(needed) <= set(header) <= set(known) and len(set(header)) == len(header)):
-        raise ValueError(f"{path}, line 1: expected the columns item_a, item_b, winner[, weight], got {header}")
+        raise ValueError(f"{path}, line {first}: expected the columns item_a, item_b, winner[, weight], got {header}")
     judged = []
     for line, row in rows:
         if len(row) != len(header):
@@ -313,6 +330,8 @@ def _comparison(row: Sequence[Any], where: str) -> Comparison:
     if len(row) not in (3, 4):
         raise ValueError(f"{where}: expected item_a, item_b, winner[, weight], got {len(row)} values")
     item_a, item_b, winner = map(str, row[:3])
+    if "tie" in (item_a, item_b):
+        raise ValueError(f"{where}: an item must not be called 'tie', which is how a tie is written")
     if item_a == item_b:
         raise ValueError(f"{where}: item_a and item_b must differ, got {item_a!r} twice")
     if winner not in (item_a, item_b, "tie"):

@@ -45,8 +45,11 @@ class Tabular:
         >>> Tabular.from_logits(np.zeros(2)).probs
         array([0.5, 0.5])
         """
+        log_probs = log_softmax(logits, axis=-1)
+        if np.isnan(log_probs).any():
+            raise ValueError("logits must be numbers < inf, one of each row > -inf, got NaN, inf or a row of -inf")
         policy = cls.__new__(cls)
-        policy._set(log_softmax(logits, axis=-1))
+        policy._set(log_probs)
         return policy
 
     def _set(self, table: Floats) -> None:

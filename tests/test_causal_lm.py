@@ -158,7 +158,7 @@ def test_the_judge_is_made_antisymmetric(policy: CausalLM) -> None:
     assert_close(np.diagonal(game.win_prob(PROMPTS, y, y), axis1=1, axis2=2), 0.5, atol=1e-15)
     with pytest.raises(ValueError, match="judge must return 48 probabilities"):
         JudgedGame(lambda prompts, a, b: [2.0] * len(a), tuple(PROMPTS), policy.text).win_prob(PROMPTS, y, z)
-    with pytest.raises(ValueError, match="at least one prompt"):
+    with pytest.raises(ValueError, match=r"at least one prompt, got \(\)"):
         JudgedGame(cycle_judge, (), policy.text)
 
 

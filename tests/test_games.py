@@ -39,7 +39,7 @@ ALPACA = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval_win_rates.
             {"win_prob": [GOOD, GOOD], "prompt_weights": [0.5, 0.6]},
             "prompt_weights must be probabilities that sum to 1",
         ),
-        ({"labels": ["a"]}, "labels must name the 2 responses, got 1 names"),
+        ({"labels": ["a"]}, "labels must be 2 distinct names, got 1 of 1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -210,6 +210,14 @@ def test_equilibrium_at_extreme_tau_and_references(tau: float, n: int) -> None:
         found = regularized_nash(game, tau)
         assert 0 <= found.duality_gap < 1e-18 * max(1.0, 1 / tau)
         assert found.duality_gap == metrics.duality_gap(found.policy, game, tau)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equilibrium_stops_at_rounding(seed: int) -> None:
+    """Games whose residual stalls at the rounding floor, where a line search alone goes on for ever."""
+    for game in (MatrixGame.random(64, seed), MatrixGame.cyclic(3 + seed, 0.9)):
+        for tau in (0.1, 0.01, 0.001):
+            assert regularized_nash(game, tau).duality_gap < 1e-18
 
 
 @pytest.mark.parametrize("tau", [0, -1.0, float("nan"), "0.1"])

@@ -187,7 +187,14 @@ def test_regression_to_convergence_is_the_exact_solver(instance: Instance) -> No
     game, tau, policy = instance
     for algorithm in (MirrorProx(eta=2, tau=tau), OptimisticMD.default(tau)):
         exact = run(algorithm, ExactSolver(game), 5, policy=policy, metrics=())
-        fitted = run(algorithm, RegressionSolver(game, steps=100), 5, policy=LogitTable(policy), metrics=())
+        fitted = run(
+            algorithm,
+            RegressionSolver(game, steps=100),
+            5,
+            policy=LogitTable(policy),
+            reference=LogitTable(game.reference),
+            metrics=(),
+        )
         assert_close(fitted.policy.log_prob(..., ...).exp(), exact.policy.probs, atol=1e-10)
 
 

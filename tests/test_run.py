@@ -129,13 +129,56 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is of another run"):
         run(NashMD(1.0, 0.2), ExactSolver(GAME), 2, checkpoint=file)
     other = MatrixGame.random(6, seed=1)
-    with pytest.raises(ValueError, match="is of another run: it has {'game'"):
+    with pytest.raises(ValueError, match=r"is of another run: it has \{'game'"):
         run(NashMD(1.0, 0.1), ExactSolver(other), 2, checkpoint=file)
-    with pytest.raises(ValueError, match="is of another run: it has {'start'"):
+    with pytest.raises(ValueError, match=r"is of another run: it has \{'start'"):
         run(NashMD(1.0, 0.1), ExactSolver(GAME), 2, checkpoint=file, policy=regularized_nash(GAME, 0.1).policy)
+    weighed = MatrixGame(GAME.matrix, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
+    with pytest.raises(ValueError, match=r"is of another run: it has \{'start'"):
+        run(NashMD(1.0, 0.1), ExactSolver(weighed), 2, checkpoint=file)
+    with pytest.raises(ValueError, match="steps must be at least the 2 that checkpoint"):
+        run(NashMD(1.0, 0.1), ExactSolver(GAME), 1, checkpoint=file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         run(NashMD(1.0, 0.1), ExactSolver(GAME), 2, checkpoint=file)
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    run(NashMD(1.0, 0.1), ExactSolver(GAME), 10, every=3, checkpoint=file)
+    longer = run(NashMD(1.0, 0.1), ExactSolver(GAME), 20, every=3, checkpoint=file)
+    assert longer.records == run(NashMD(1.0, 0.1), ExactSolver(GAME), 20, every=3).records
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", {"about": "[1]"}, {"about": "{}"}, {"other": "{}"}])
+def test_what_is_no_checkpoint_is_refused(content: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        np.savez(file, allow_pickle=False, **{name: np.array(text) for name, text in content.items()})
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(NashMD(1.0, 0.1), ExactSolver(GAME), 2, checkpoint=file)
+
+
+def test_the_reference_is_the_games(tmp_path: Path) -> None:
+    other = regularized_nash(GAME, 0.5).policy
+    started = run(MirrorProx(2, 0.1), ExactSolver(GAME), 200, policy=other)
+    assert started.values("duality_gap")[1][-1] < 1e-20
+    fitted = run(
+        MirrorProx(2, 0.1), RegressionSolver(GAME), 60, policy=LogitTable(other), reference=LogitTable(GAME.reference)
+    )
+    assert fitted.values("duality_gap")[1][-1] < 1e-9
+    with pytest.raises(ValueError, match=r"must agree with game\.reference"):
+        run(MirrorProx(2, 0.1), RegressionSolver(GAME), 3, policy=LogitTable(other))
+    with pytest.raises(ValueError, match="policy must be given: RegressionSolver"):
+        run(MirrorProx(2, 0.1), RegressionSolver(GAME), 3)
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "file", b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nlhf.core import Geometric, Info, Policy, Prox, Regularized, Solve
+from nlhf.core import Geometric, Info, Prox, Regularized, Solve
 from nlhf.schedules import at, check_tau, is_number, mixing
 
 
@@ -56,9 +56,9 @@ class NashEMA(Regularized):
         """The step of `SelfPlay.default`, eta = 4 tau / (1 + 4 tau^2)."""
         return cls(4 * check_tau(tau, positive=True) / (1 + 4 * tau**2), tau)
 
-    def init(self, policy: Policy) -> EMAState:
+    def init(self, policy: Any, reference: Any = None) -> EMAState:
         """The state at t = 0: the average is the initial policy."""
-        return EMAState(policy, policy.freeze(), policy.freeze())
+        return EMAState(policy, reference or policy.freeze(), policy.freeze())
 
     def step(self, state: EMAState, solve: Solve) -> tuple[EMAState, Info]:
         eta = at(self.eta, state.t)

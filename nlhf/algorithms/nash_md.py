@@ -15,7 +15,8 @@ class NashMD(Regularized):
         q_t ∝ pi_t^(1 - eta tau) mu^(eta tau),    pi_{t+1} ∝ q_t exp(eta P q_t)
 
     With `Harmonic(tau)` the last iterate converges to the regularised equilibrium. With a constant step it does
-    not: the mixture q_t converges to the equilibrium of tau / (1 - eta tau).
+    not: the mixtures q_t are self-play with tau' = tau / (1 - eta tau) and eta' = eta (1 - eta tau), so that for
+    eta' <= 4 tau' / (1 + 4 tau'^2) they converge to the equilibrium of tau'; with larger steps they may cycle.
 
     Args:
         eta: step size, 0 < eta tau <= 1, or a schedule.

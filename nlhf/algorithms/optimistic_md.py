@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nlhf.core import Geometric, Info, Mixture, Policy, Prox, Regularized, Solve
+from nlhf.core import Geometric, Info, Mixture, Prox, Regularized, Solve
 from nlhf.schedules import at, check_tau, mixing
 
 
@@ -24,11 +24,11 @@ class OptimisticMD(Regularized):
 
         pi_{t+1} ∝ pi_t^(1-b) mu^b exp(eta [(2 - b) P pi_t - (1 - b) P pi_{t-1}]),    b = eta tau
 
-    These are the half-step iterates of the optimistic multiplicative weights of Cen, Wei and Chi,
-    pi_{t+1} ∝ w_t^(1-b) mu^b exp(eta P pi_t) with w_t ∝ w_{t-1}^(1-b) mu^b exp(eta P pi_t), written without w.
+    With a constant step these are the half-step iterates of the optimistic multiplicative weights of Cen, Wei and
+    Chi, pi_{t+1} ∝ w_t^(1-b) mu^b exp(eta P pi_t) with w_t ∝ w_{t-1}^(1-b) mu^b exp(eta P pi_t), written without w.
 
     Args:
-        eta: step size, 0 < eta tau <= 1, or a schedule; eta <= 1/2 is the proved range of the source.
+        eta: step size, 0 < eta tau <= 1, or a schedule; `default` is the largest that the source proves.
         tau: KL strength >= 0.
 
     Raises ValueError if eta tau > 1.
@@ -51,9 +51,9 @@ class OptimisticMD(Regularized):
         """eta = min(1 / (1 + 2 tau), 1 / 2), the source's step for |P - 1/2| <= 1/2."""
         return cls(min(1 / (1 + 2 * check_tau(tau)), 0.5), tau)
 
-    def init(self, policy: Policy) -> OptimisticState:
+    def init(self, policy: Any, reference: Any = None) -> OptimisticState:
         """The state at t = 0: the policy before the first is the first."""
-        return OptimisticState(policy, policy.freeze(), policy.freeze())
+        return OptimisticState(policy, reference or policy.freeze(), policy.freeze())
 
     def step(self, state: OptimisticState, solve: Solve) -> tuple[OptimisticState, Info]:
         eta = at(self.eta, state.t)
