@@ -323,7 +323,7 @@ def _generator(expectation: Enumerate | Sample, seed: int | None) -> torch.Gener
 
 
 def _law_and_anchor(prox: Prox, x: Any, y: Any, shares: list[float] | None = None) -> tuple[Tensor, Tensor]:
-    """(B, n) log-probabilities of the anchor's parts mixed by shares (evenly), and of the anchor from the same numbers."""
+    """(B, n) log-probabilities of the anchor's parts mixed by shares (evenly), and of the anchor itself."""
     scored = [(torch.as_tensor(policy.log_prob(x, y)), weight) for policy, weight in prox.anchor.parts if weight]
     with np.errstate(divide="ignore"):  # a part may have no share of two or three responses
         logs = np.log(shares or [1 / len(scored)] * len(scored))
