@@ -2,8 +2,10 @@
 
 import os
 
+import torch
 from hypothesis import HealthCheck, settings
 
+torch.set_num_threads(1)  # small operations; a second thread only waits for a busy core
 slow_ok = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=slow_ok)
 settings.register_profile(
