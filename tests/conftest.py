@@ -1,4 +1,4 @@
-"""Hypothesis profiles. CI replays the same instances every time and prints how to reproduce a failure."""
+"""Hypothesis profiles: the same instances every time, or HYPOTHESIS_PROFILE=explore to look for new ones."""
 
 import os
 
@@ -7,8 +7,6 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # small operations; a second thread only waits for a busy core
 slow_ok = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=slow_ok)
-settings.register_profile(
-    "ci", deadline=None, max_examples=100, derandomize=True, print_blob=True, suppress_health_check=slow_ok
-)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+settings.register_profile("replay", deadline=None, max_examples=50, derandomize=True, suppress_health_check=slow_ok)
+settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True, suppress_health_check=slow_ok)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "replay"))

@@ -49,7 +49,7 @@ def test_equilibrium_agrees_with_scipy_root(instance: Instance) -> None:
         return np.asarray(w - game.matrix @ softmax(log_mu + w) / tau)
 
     answer: Any = root(residual, np.zeros(game.n), tol=1e-13)
-    assert answer.success
+    assert np.abs(answer.fun).max() < 1e-11  # `success` may be false where rounding stops it
     assert_close(regularized_nash(game, tau).policy.probs, softmax(log_mu + answer.x), atol=1e-9)
 
 
