@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -62,8 +64,11 @@ class CausalLM(TokenPolicy):
         file, options = _locate(Path(path))
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(file, **options, local_files_only=True)
         network: Any = AutoModelForCausalLM.from_pretrained(file, **options, dtype=dtype, local_files_only=True)
         network.requires_grad_(lora_rank is None)
@@ -73,7 +78,9 @@ class CausalLM(TokenPolicy):
             adapters = LoraConfig(
                 r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-            network = get_peft_model(network, adapters)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers deprecates
+                network = get_peft_model(network, adapters)
         generator = torch.Generator().manual_seed(seed)
         params = {
             name: _initial_adapter(name, p, generator) if "lora_" in name else p.detach()

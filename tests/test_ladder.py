@@ -89,10 +89,11 @@ def test_games_by_name_and_by_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_default_ladder_holds_what_it_promises() -> None:
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_default_ladder_holds_what_it_promises(seed: int) -> None:
     """MirrorProx(eta=2), tau = 0.1, 64 responses: where each rung ends, and that the sampled ones end well below mu."""
-    game, name = load_game("random", 0)
-    climbed = climb(MirrorProx(eta=2, tau=0.1), game, name, 60)
+    game, name = load_game("random", seed)
+    climbed = climb(MirrorProx(eta=2, tau=0.1), game, name, 60, seed)
     gap = dict(zip(climbed.table.rung, climbed.table.duality_gap, strict=True))
     start = metrics.duality_gap(game.reference, game, 0.1)
     assert gap[RUNGS[0]] <= 1e-11  # 1e-12 after 70 iterations, tests/test_contract.py goes on
