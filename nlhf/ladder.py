@@ -67,7 +67,10 @@ class Ladder:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per rung: where it ended and what it cost."""
+        """One row per rung: where it ended and what it cost.
+
+        `prox_residual` is the root mean square of the last ten steps: a single sampled one may be too small to see.
+        """
         import pandas as pd
 
         rows = []
@@ -82,7 +85,7 @@ class Ladder:
                     "gap_low": interval[0],
                     "gap_high": interval[1],
                     "kl_to_equilibrium": last.get("kl_to_equilibrium", np.nan),
-                    "prox_residual": last["prox_residual"],
+                    "prox_residual": float(np.sqrt(np.mean(trace.values("prox_residual")[1][1:][-10:] ** 2))),
                     "oracle_calls": int(last["oracle_calls"]),
                     "seconds": trace.seconds,
                 }
