@@ -113,11 +113,11 @@ class Ladder:
             if name != RUNGS[5]:
                 trace.plot("duality_gap", axes[0], label=name, **looks[name])
         steps, gaps = self.bound()
-        if (told := gaps < 10)[1:].any():  # far above one, a bound on a probability says nothing
-            x = np.where(steps == 0, 0.5, steps)
-            axes[0].plot(x[told], gaps[told], "k--", linewidth=1, label="theory, upper bound")
+        if np.isfinite(gaps[-1]):
+            axes[0].plot(np.where(steps == 0, 0.5, steps), gaps, "k--", linewidth=1, label="theory, upper bound")
         bottom = min(np.min(trace.values("duality_gap")[1]) for name, trace in self.traces.items() if name != RUNGS[5])
-        axes[0].set_ylim(bottom=max(bottom / 3, 1e-20))
+        # from rounding to where a bound on a probability has long said nothing
+        axes[0].set_ylim(max(bottom / 3, 1e-20), min(axes[0].get_ylim()[1], 20))
         axes[0].set_title(f"{self.label}\n{self.game_name}: {self.game.n} responses", fontsize=10)
         axes[0].legend(fontsize=8, frameon=False, loc="lower left")
         plotting.mark_start(axes[0])

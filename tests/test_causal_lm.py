@@ -19,7 +19,7 @@ from tests.checks import assert_close
 
 transformers = pytest.importorskip("transformers", reason="the llm extra is not installed")
 pytest.importorskip("peft", reason="the llm extra is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 WORDS = [
     "<pad>",
@@ -30,9 +30,9 @@ PROMPTS = ["the film was", "me"]
 FLOAT32 = 2e-5  # sums of a few log-probabilities of order 3 in float32, along two paths through the network
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama over 17 words, saved as any Hugging Face model is."""
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model over 17 words, saved as any Hugging Face model is; relative and absolute positions."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     path = tmp_path_factory.mktemp("model")
@@ -40,13 +40,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.save_pretrained(path)
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=1, pad_token_id=0, initializer_range=0.6,
-    )  # fmt: skip
+    shared = {"vocab_size": len(WORDS), "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.6}
     with torch.random.fork_rng():
         torch.random.manual_seed(0)  # transformers draws initial weights from the global generator
-        transformers.LlamaForCausalLM(config).save_pretrained(path)
+        if request.param == "llama":
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared, **sizes, num_key_value_heads=1))
+        else:
+            config = transformers.GPT2Config(**shared, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1)
+            model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(path)
     return path
 
 

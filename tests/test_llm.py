@@ -322,6 +322,20 @@ def test_sampled_regression_is_unbiased_and_stands_still_at_the_answer() -> None
     assert_close(expected_gradient(answer), 0.0, atol=1e-12)
 
 
+def test_cross_entropy_corrects_for_the_law_of_its_samples() -> None:
+    """Samples that occur exactly as often as their law says stand for all responses."""
+    game = MatrixGame.random(4, seed=0)
+    matrix, q = torch.tensor(game.matrix), small(4, seed=2).log_prob(..., ...)[0].exp()
+    anchor = small(4, seed=1).log_prob(..., ...)[0]
+    law = torch.tensor([1, 2, 1, 4], dtype=torch.float64) / 8
+    y = torch.tensor([[0, 1, 1, 2, 3, 3, 3, 3]])
+    win = matrix @ q
+    batch = Batch([0], y, law.log()[y], torch.full((1, 8), 1 / 8, dtype=torch.float64), anchor[y], win[y], 0.7, 0)
+    answer = (anchor + 0.7 * win).log_softmax(-1).clone().requires_grad_()
+    (slope,) = torch.autograd.grad(losses.cross_entropy(answer.log_softmax(-1)[y], batch).sum(), answer)
+    assert_close(slope, 0.0, atol=1e-15)
+
+
 def test_sampled_pairs_are_unbiased() -> None:
     """All ordered pairs of two responses of the opponent: the gradient of IPO at the exact answer is zero."""
     game = MatrixGame.random(8, seed=0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import root
 from scipy.special import log_softmax, logsumexp, softmax
 
-from nlhf import MagneticMD, MirrorProx, NashMD, SelfPlay, metrics
+from nlhf import MagneticMD, MirrorProx, NashEMA, NashMD, OptimisticMD, SelfPlay, metrics
 from nlhf.core import Geometric
 from nlhf.schedules import Harmonic
 from nlhf.tabular import ExactSolver, MatrixGame, Tabular, regularized_nash
@@ -196,8 +196,6 @@ def test_self_play_is_magnetic_md_with_another_step(instance: Instance, b: float
 @given(instances(tau_min=0.1))
 def test_optimistic_md_is_the_two_sequence_form(instance: Instance) -> None:
     """Cen, Wei and Chi's Algorithm 2, written with its two sequences."""
-    from nlhf import OptimisticMD
-
     game, tau, _ = instance
     algorithm: Any = OptimisticMD.default(tau)
     eta, b = algorithm.eta, algorithm.eta * tau
@@ -209,6 +207,30 @@ def test_optimistic_md_is_the_two_sequence_form(instance: Instance) -> None:
         outer = log_softmax((1 - b) * outer + b * log_mu + eta * game.matrix @ np.exp(half))
         state, _ = algorithm.step(state, ExactSolver(game))
         assert_close(state.policy.log_probs, half, atol=TOL)
+
+
+@given(instances(tau_min=0.1), st.floats(0.0, 0.95))
+def test_nash_ema_by_its_recursion(instance: Instance, decay: float) -> None:
+    game, tau, _ = instance
+    algorithm = NashEMA(eta=0.3, tau=tau, decay=decay)
+    state = algorithm.init(game.reference)
+    log_mu = log_pi = average = game.reference.log_probs
+    for _ in range(5):
+        average = log_softmax(decay * average + (1 - decay) * log_pi)
+        log_pi = log_softmax((1 - 0.3 * tau) * log_pi + 0.3 * tau * log_mu + 0.3 * game.matrix @ np.exp(average))
+        state, _ = algorithm.step(state, ExactSolver(game))
+        assert_close(state.policy.log_probs, log_pi, atol=TOL)
+
+
+def test_declared_rates_are_the_theorems() -> None:
+    assert NashMD(2.0, 0.1).rate(0.3, 5) == pytest.approx(0.8 * 0.3 + 4 / 8)
+    assert NashMD.default(0.1).rate(7.0, 0) == pytest.approx(10**2 / 8)  # eta_0 = 10 forgets where it started
+    assert MagneticMD(0.4, 0.1).rate(1.04, 0) == pytest.approx(1.0)
+    assert MagneticMD(0.5, 0.1).rate(1.0, 0) == np.inf
+    assert SelfPlay.default(0.1).rate(1.04, 0) == pytest.approx(1.0)
+    assert SelfPlay(1.0, 0.1).rate(1.0, 0) == pytest.approx(0.9 + 0.5)
+    assert MirrorProx(2, 0.1).rate(1.2, 0) == pytest.approx(1.0)
+    assert MirrorProx(3, 0.1).rate(1.0, 0) == np.inf
 
 
 @given(instances(tau_min=0.1))
