@@ -5,7 +5,6 @@ Everything here is float64, so where two sums of the same terms are compared the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,43 +27,12 @@ from nlhf.llm import (
     losses,
 )
 from nlhf.llm.decode import inverse_cdf
-from nlhf.llm.losses import Batch
 from nlhf.llm.policy import TokenPolicy, alive
 from nlhf.run import seeded
 from nlhf.tabular import ExactSolver, MatrixGame, Tabular
 from tests.checks import assert_close
 from tests.strategies import Instance, instances
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def perturbed(policy: TinyTransformer, scale: float = 0.5, seed: int = 0) -> TinyTransformer:
-    """The transformer with random weights in its last layer, too: far from the reference."""
-    noise = generator(seed)
-    head = policy.params["head.weight"]
-    return policy.with_params(
-        {**policy.params, "head.weight": scale * torch.randn(head.shape, generator=noise).to(head)}
-    )
-
-
-def small(n: int, seed: int = 0, vocab: int = 2, prompts: int = 1, scale: float = 0.5) -> TinyTransformer:
-    rng = np.random.default_rng(seed)
-    start = Tabular.from_logits(rng.standard_normal((prompts, n)))
-    return perturbed(TinyTransformer(start, vocab=vocab, width=8, layers=1, heads=2, seed=seed), scale, seed)
-
-
-def random_prox(start: TokenPolicy, seed: int = 0, eta: float = 1.5) -> Prox:
-    rng = np.random.default_rng(seed)
-    shape = tuple(metrics.table(start).shape)
-    anchor = LogitTable(Tabular.from_logits(rng.standard_normal(shape)))
-    return Prox(
-        Geometric(((start, 0.7), (anchor, 0.3))),
-        LogitTable(Tabular.from_logits(rng.standard_normal(shape))),
-        eta,
-    )
-
+from tests.tiny import generator, in_numpy, perturbed, random_prox, small
 
 # --- policies ----
 
@@ -213,19 +181,12 @@ def test_every_loss_has_the_exact_answer_as_its_minimum(name: str, seed: int) ->
     game = MatrixGame.random(6, seed=seed, prompts=2)
     start = LogitTable(game.reference)
     prox = random_prox(start, seed)
-    answer, _ = ExactSolver(game)(_in_numpy(prox))
+    answer, _ = ExactSolver(game)(in_numpy(prox))
     found, info = SOLVERS[name](game)(prox, start)
     # losses are quadratic at the minimum: resolved to about 1e-8 where the loss itself is resolved to 1e-16
     assert_close(found.log_prob(..., ...).exp(), answer.probs, atol=1e-6)
     assert info.prox_residual < 1e-5
     assert info.oracle_calls == 2 * 36
-
-
-def _in_numpy(prox: Prox) -> Prox:
-    def table(policy: Any) -> Tabular:
-        return Tabular.from_logits(metrics.table(policy))
-
-    return Prox(Geometric(tuple((table(p), w) for p, w in prox.anchor.parts)), table(prox.opponent), prox.eta)
 
 
 def test_pairs_refuse_a_signed_opponent() -> None:
@@ -241,7 +202,7 @@ def test_residual_is_the_distance_to_the_answer() -> None:
     start = LogitTable(game.reference)
     prox = random_prox(start)
     _, info = RegressionSolver(game, steps=1, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))(prox, start)
-    answer, _ = ExactSolver(game)(_in_numpy(prox))
+    answer, _ = ExactSolver(game)(in_numpy(prox))
     law = 1 / 12 + np.mean([np.exp(metrics.table(p)[0]) for p, _ in prox.anchor.parts], axis=0) / 2
     error = metrics.table(start)[0] - answer.log_probs[0]
     spread = np.sqrt(law @ error**2 - (law @ error) ** 2)
@@ -256,149 +217,6 @@ def test_a_solver_leaves_its_start_alone() -> None:
         found, _ = RegressionSolver(game, expectation, steps=2)(random_prox(start), start, seed=0)
         assert all(torch.equal(before[name], p) and not p.requires_grad for name, p in start.params.items())
         assert any(not torch.equal(before[name], p) for name, p in found.params.items())
-
-
-# --- estimators, by enumeration of their outcomes ----
-
-
-def gradient(loss: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(params.values()))])
-
-
-def trainable(policy: TinyTransformer) -> tuple[TinyTransformer, dict[str, torch.Tensor]]:
-    params = {name: p.clone().requires_grad_() for name, p in policy.params.items()}
-    return policy.with_params(params), params
-
-
-@pytest.mark.parametrize("opponent", ["one policy", "token-level mixture"])
-def test_sampled_policy_gradient_is_unbiased(opponent: str) -> None:
-    """All 8 * 8 * 8 outcomes of two responses and an opponent, on a transformer that spells three tokens."""
-    game = MatrixGame.random(8, seed=0)
-    policy, params = trainable(small(8))
-    anchor, other = small(8, seed=1), small(8, seed=2)
-    mixture = TokenMixture(((anchor, 0.5), (other, 0.5))) if opponent != "one policy" else TokenMixture(((other, 1.0),))
-    eta, everything = 0.7, torch.arange(8)[None]
-    p, q = policy.log_prob([0], everything)[0], mixture.log_prob([0], everything)[0].exp()
-    log_anchor, matrix = anchor.log_prob([0], everything)[0], torch.tensor(game.matrix)
-
-    exact = gradient(-(p.exp() @ (matrix @ q - (p - log_anchor) / eta)), params)
-    y = torch.tensor(list(itertools.product(range(8), range(8))))
-    chance_y, p = p[y].sum(-1).detach().exp(), policy.log_prob([0], everything)[0]
-    mean = torch.zeros(())
-    for j in range(8):
-        mean = mean + q[j] * (chance_y @ losses.policy_gradient(p[y], log_anchor[y], matrix[y, j], eta))
-    estimate = gradient(mean, params)
-    assert exact.abs().max() > 1e-2
-    assert_close(estimate, exact, atol=1e-8)
-
-
-def test_sampled_regression_is_unbiased_and_stands_still_at_the_answer() -> None:
-    """All outcomes of two responses from the anchor and one opponent: the mean gradient is half that of the listed
-    variance, (n - 1) / n with n = 2, and zero at the exact answer although no target is exact."""
-    game = MatrixGame.random(8, seed=0)
-    anchor, other = small(8, seed=1), small(8, seed=2)
-    eta, matrix = 0.7, torch.tensor(game.matrix)
-    law, q = anchor.log_prob(..., ...)[0], other.log_prob(..., ...)[0].exp()
-    y = torch.tensor(list(itertools.product(range(8), range(8))))
-    chance_y = law[y].sum(-1).exp()
-
-    def expected_gradient(log_prob: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(())
-        half = torch.full(y.shape, 0.5, dtype=torch.float64)
-        for j in range(8):
-            batch = Batch([0], y, law[y], half, law[y], matrix[y, j], eta, 0)
-            total = total + q[j] * (chance_y @ losses.variance(log_prob[y], batch))
-        return torch.autograd.grad(total, log_prob, retain_graph=True)[0]
-
-    def listed_gradient(log_prob: torch.Tensor) -> torch.Tensor:
-        batch = Batch(..., ..., law[None], law.exp()[None], law[None], (matrix @ q)[None], eta, 0)
-        return torch.autograd.grad(losses.variance(log_prob[None], batch).sum(), log_prob, retain_graph=True)[0]
-
-    policy = small(8, seed=3)
-    log_prob = policy.log_prob(..., ...)[0].clone().requires_grad_()
-    assert listed_gradient(log_prob).abs().max() > 1e-2
-    assert_close(expected_gradient(log_prob), listed_gradient(log_prob) / 2, atol=1e-12)
-    answer = (law + eta * matrix @ q).log_softmax(-1).clone().requires_grad_()
-    assert_close(expected_gradient(answer), 0.0, atol=1e-12)
-
-
-def test_cross_entropy_corrects_for_the_law_of_its_samples() -> None:
-    """Samples that occur exactly as often as their law says stand for all responses."""
-    game = MatrixGame.random(4, seed=0)
-    matrix, q = torch.tensor(game.matrix), small(4, seed=2).log_prob(..., ...)[0].exp()
-    anchor = small(4, seed=1).log_prob(..., ...)[0]
-    law = torch.tensor([1, 2, 1, 4], dtype=torch.float64) / 8
-    y = torch.tensor([[0, 1, 1, 2, 3, 3, 3, 3]])
-    win = matrix @ q
-    batch = Batch([0], y, law.log()[y], torch.full((1, 8), 1 / 8, dtype=torch.float64), anchor[y], win[y], 0.7, 0)
-    answer = (anchor + 0.7 * win).log_softmax(-1).clone().requires_grad_()
-    (slope,) = torch.autograd.grad(losses.cross_entropy(answer.log_softmax(-1)[y], batch).sum(), answer)
-    assert_close(slope, 0.0, atol=1e-15)
-
-
-def test_sampled_pairs_are_unbiased() -> None:
-    """All ordered pairs of two responses of the opponent: the gradient of IPO at the exact answer is zero."""
-    game = MatrixGame.random(8, seed=0)
-    anchor, other = small(8, seed=1).log_prob(..., ...)[0], small(8, seed=2).log_prob(..., ...)[0]
-    eta, matrix = 0.7, torch.tensor(game.matrix)
-    answer = (anchor + eta * matrix @ other.exp()).log_softmax(-1).clone().requires_grad_()
-    y = torch.tensor(list(itertools.product(range(8), range(8))))
-    half = torch.full(y.shape, 0.5, dtype=torch.float64)
-    loss = other[y].sum(-1).exp() @ losses.ipo((answer - anchor)[y], matrix[y[:, :, None], y[:, None, :]], half, eta)
-    assert_close(torch.autograd.grad(loss, answer)[0], 0.0, atol=1e-12)
-
-
-def test_held_out_residual_does_not_count_the_noise_of_judging() -> None:
-    """All outcomes of two responses and two groups of one opponent: the mean is the variance listed exactly."""
-    game = MatrixGame.random(8, seed=0)
-    anchor, other, policy = (small(8, seed=s).log_prob(..., ...)[0] for s in (1, 2, 3))
-    eta, matrix, q = 0.7, torch.tensor(game.matrix), other.exp()
-    y = torch.tensor(list(itertools.product(range(8), range(8))))
-    half = torch.full(y.shape, 0.5, dtype=torch.float64)
-    judged = [Batch([0], y, anchor[y], half, anchor[y], matrix[y, j], eta, 0) for j in range(8)]
-    for log_prob in (policy, (anchor + eta * matrix @ q).log_softmax(-1)):
-        listed = Batch(..., ..., anchor[None], anchor.exp()[None], anchor[None], (matrix @ q)[None], eta, 0)
-        exact = float(losses.squared_residual(log_prob[None], listed, listed))
-        mean = sum(
-            float(
-                q[i]
-                * q[j]
-                * (anchor[y].sum(-1).exp() @ losses.squared_residual(log_prob[y], judged[i], judged[j]._replace()))
-            )
-            for i in range(8)
-            for j in range(8)
-        )
-        assert mean == pytest.approx(exact, abs=1e-12)
-
-
-def test_sample_takes_equal_parts_and_reports_what_it_looked_up() -> None:
-    game = MatrixGame.random(8, seed=0, prompts=3)
-    start = LogitTable(game.reference)
-    batch, (one, two) = Sample(9, opponents=16).batches(random_prox(start), game, generator())
-    assert batch.y.shape == (3, 9)
-    assert one.y.shape == (3, 4)
-    assert one.y is two.y
-    assert (batch.calls, one.calls, two.calls) == (3 * 9 * 16, 3 * 4 * 2, 3 * 4 * 2)
-    with pytest.raises(ValueError, match="needs a seed"):
-        RegressionSolver(game, Sample(8))(random_prox(start), start)
-    for bad in (1, True, 2.5):
-        with pytest.raises(ValueError, match=f"n must be an integer >= 2, got {bad!r}"):
-            Sample(bad)  # type: ignore[arg-type]
-
-
-def test_importance_weights_make_the_token_mixture_stand_for_the_sequence_mixture() -> None:
-    game = MatrixGame.random(8, seed=0)
-    geometric: Any = Geometric(((small(8, 1, scale=2), 0.5), (small(8, 2, scale=2), 0.5)))
-    exact = torch.as_tensor(geometric.log_prob(..., ...)).softmax(-1)[0]
-    token = TokenMixture(geometric.parts).log_prob(..., torch.arange(8)[None]).exp()[0]
-    n = 20_000
-    means = {}
-    for correct in (True, False):
-        ((z, weight),) = Sample(2, correct=correct).draw(geometric, game.prompts, [n], generator())
-        means[correct] = torch.zeros(8, dtype=torch.float64).scatter_add(0, z[0], weight[0].double())
-    spread = 6 * float((exact.max() / n) ** 0.5)
-    assert (means[True] - exact).abs().max() < spread < (token - exact).abs().max()
-    assert (means[False] - token).abs().max() < spread
 
 
 # --- same seed, same trajectory ----
