@@ -143,13 +143,13 @@ def sampled_gap(reference: TokenPolicy, n: int, seed: int, level: float = 0.9) -
     same seed serves every call, so that a curve shows the policy's change and not the sampler's.
     """
 
-    drawn: list[Any] = []  # the reference does not change, so neither do its samples
+    drawn: dict[tuple[str, ...], Any] = {}  # by prompts; the reference does not change, so neither do its samples
 
     @torch.no_grad()
     def duality_gap(policy: TokenPolicy, game: Any, tau: float) -> dict[str, float]:
-        if not drawn:
-            drawn.append(reference.sample(game.prompts, n, torch.Generator().manual_seed(seed))[0])
-        y = drawn[0]
+        if game.prompts not in drawn:
+            drawn[game.prompts] = reference.sample(game.prompts, n, torch.Generator().manual_seed(seed))[0]
+        y = drawn[game.prompts]
         z, _ = policy.sample(game.prompts, n, torch.Generator().manual_seed(seed + 1))
         ratio = policy.log_prob(game.prompts, z) - reference.log_prob(game.prompts, z)
         log_ratio = _float64(ratio)

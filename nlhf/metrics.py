@@ -120,8 +120,8 @@ def gap_from_kl(kl: float, tau: float) -> float:
     c(s) KL(pi*, pi): c(log r) is the ratio of the two integrands, r log r - r + 1 and r - 1 - log r, and grows with r.
     """
     s = 2 / check_tau(tau, positive=True)
-    # both sides times e^-s, which may be 0 but never overflows; near s = 0 the ratio cancels, and is 1 + s / 3 or less
-    c = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s)) if s > 1e-3 else 1 + s / 3
+    # both sides times e^-s, which may be 0 but never overflows; near s = 0 the ratio, 1 + s / 3 + ..., cancels
+    c = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s)) if s > 1e-3 else 1 + s / 2
     return float((tau * c + 1 / (4 * tau)) * kl)
 
 

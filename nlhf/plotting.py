@@ -1,7 +1,8 @@
-"""Figures: log-log, colour-blind-safe, and told apart in grey by dashes and markers."""
+"""Figures: log-log, colour-blind-safe, and told apart in grey by their markers."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from nlhf.run import write_atomically
+
 # Okabe and Ito's palette, ordered dark to light and back so that neighbours differ in grey, too.
 STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#000000", "linestyle": "-", "marker": "o", "linewidth": 3.5},  # seen under whatever agrees with it
-    {"color": "#E69F00", "linestyle": "-", "marker": "s"},
-    {"color": "#0072B2", "linestyle": "-", "marker": "^"},
-    {"color": "#56B4E9", "linestyle": "-", "marker": "D"},
-    {"color": "#D55E00", "linestyle": "-", "marker": "v"},
-    {"color": "#009E73", "linestyle": "-", "marker": "P"},
-    {"color": "#CC79A7", "linestyle": "-", "marker": "X"},
+    {"color": "#000000", "marker": "o", "linewidth": 3.5},  # seen under whatever agrees with it
+    {"color": "#E69F00", "marker": "s"},
+    {"color": "#0072B2", "marker": "^"},
+    {"color": "#56B4E9", "marker": "D"},
+    {"color": "#D55E00", "marker": "v"},
+    {"color": "#009E73", "marker": "P"},
+    {"color": "#CC79A7", "marker": "X"},
 )
 
 LABELS = {
@@ -63,10 +66,6 @@ def mark_start(ax: Axes) -> None:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg, atomically."""
-    import io
-
-    from nlhf.run import write_atomically
-
     written = []
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nlhf"}):
         for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):

@@ -119,6 +119,7 @@ def run(
     """
     for name, value, least in (("steps", steps, 0), ("every", every, 1), ("seed", seed, 0)):
         check_count(name, value, least)
+    steps, every, seed = int(steps), int(every), int(seed)
     names = [getattr(metric, "__name__", "<lambda>") for metric in metrics]
     if len(set(names)) < len(names) or "<lambda>" in names:
         raise ValueError(f"metrics must have distinct names of their own (__name__), got {names}")

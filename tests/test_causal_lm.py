@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nlhf import MirrorProx, NashMD, run
+import nlhf
+from nlhf import algorithms, run
 from nlhf.core import Geometric
 from nlhf.llm import CausalLM, JudgedGame, RegressionSolver, Sample, TokenMixture
 from nlhf.llm.preference import cycle_judge, sampled_gap
@@ -172,8 +173,9 @@ def test_the_scripted_judge_is_intransitive() -> None:
     assert (np.asarray(win) > 0.5).all()
 
 
-@pytest.mark.parametrize("algorithm", [NashMD(eta=1.0, tau=0.1), MirrorProx(eta=2, tau=0.1)])
-def test_the_same_algorithm_runs_on_a_language_model(policy: CausalLM, algorithm: Any) -> None:
+@pytest.mark.parametrize("name", algorithms.__all__)
+def test_the_same_algorithm_runs_on_a_language_model(policy: CausalLM, name: str) -> None:
+    algorithm = getattr(nlhf, name)(eta=1.0, tau=0.1)
     game = JudgedGame(cycle_judge, tuple(PROMPTS), policy.text)
     solver = RegressionSolver(game, Sample(8, correct=False), steps=2, optimizer=partial(torch.optim.Adam, lr=1e-2))
     options: Any = {"policy": policy, "metrics": (sampled_gap(policy, 16, seed=0),), "seed": 3}

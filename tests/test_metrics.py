@@ -68,7 +68,7 @@ def test_gap_at_extreme_log_probabilities() -> None:
     assert metrics.kl(game.reference, far) == np.inf
 
 
-@pytest.mark.parametrize("tau", [1e-6, 1e-3, 0.1, 10.0, 1e4, 1e9])
+@pytest.mark.parametrize("tau", [1e-6, 1e-3, 0.1, 10.0, 1e3, 2001.0, 1e4, 1e9])
 def test_gap_from_kl_is_finite_and_no_less_than_tau(tau: float) -> None:
     assert max(tau, 1 / (4 * tau)) <= metrics.gap_from_kl(1.0, tau) <= 3 + tau * 1.01 + 1 / (4 * tau)
 

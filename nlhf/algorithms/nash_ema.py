@@ -25,7 +25,8 @@ class NashEMA(Regularized):
         bar_t = decay bar_{t-1} + (1 - decay) pi_t   (parameters; on a table, log-probabilities)
         pi_{t+1} ∝ pi_t^(1 - eta tau) mu^(eta tau) exp(eta P bar_t)
 
-    A fixed point is the regularised equilibrium; no theorem says that the last iterate reaches it.
+    A fixed point is the regularised equilibrium; no theorem says that the last iterate reaches it. On a network the
+    average of parameters is not that of log-probabilities, so there the path differs from the table's.
 
     Args:
         eta: step size, 0 < eta tau <= 1, or a schedule.
