@@ -34,7 +34,7 @@ def kl(policy: Policy, other: Policy, prompt_weights: Floats | None = None) -> f
     0.143841036226
     """
     p, q = table(policy), table(other)
-    return _over_prompts(_kl(p, q), prompt_weights)
+    return _over_prompts(kl_rows(p, q), prompt_weights)
 
 
 def entropy(policy: Policy, prompt_weights: Floats | None = None) -> float:
@@ -86,7 +86,7 @@ def duality_gap(policy: Policy, game: Any, tau: float) -> float:
     if check_tau(tau) == 0:
         against = game.versus(np.exp(table(policy)))
         return _over_prompts(against.max(axis=-1) - 0.5, game.prompt_weights)
-    return tau * _over_prompts(_kl(table(policy), best_response(policy, game, tau)), game.prompt_weights)
+    return tau * _over_prompts(kl_rows(table(policy), best_response(policy, game, tau)), game.prompt_weights)
 
 
 def kl_from(target: Policy, name: str = "kl_from_target") -> Metric:
@@ -119,10 +119,19 @@ def gap_from_kl(kl: float, tau: float) -> float:
     most s = 2 / tau, because both log-ratios to mu change sign and span at most 1 / tau, so KL(pi, pi*) is at most
     c(s) KL(pi*, pi): c(log r) is the ratio of the two integrands, r log r - r + 1 and r - 1 - log r, and grows with r.
     """
-    s = 2 / check_tau(tau, positive=True)
-    # both sides times e^-s, which may be 0 but never overflows; near s = 0 the ratio, 1 + s / 3 + ..., cancels
-    c = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s)) if s > 1e-3 else 1 + s / 2
+    c = reverse_kl_factor(np.array(2 / check_tau(tau, positive=True)))
     return float((tau * c + 1 / (4 * tau)) * kl)
+
+
+def reverse_kl_factor(s: Floats) -> Floats:
+    """c(s) with KL(q, p) <= c(s) KL(p, q) wherever log(q / p) <= s: the larger of the two ratios of integrands.
+
+    1 + s / 3 + ... for small s, about s for large.
+    """
+    # both sides times e^-s, which may be 0 but never overflows; near s = 0 the ratio cancels
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = (s - 1 + np.exp(-s)) / (1 - (1 + s) * np.exp(-s))
+    return np.where(s > 1e-3, ratio, 1 + s / 2)
 
 
 class Estimate(NamedTuple):
@@ -202,14 +211,25 @@ def _paid(a: Floats, b: Floats, shares: Floats, tau: float) -> Floats:
     return np.asarray(tau * logsumexp(a / tau, b=shares, axis=-1) + np.sum(q * (b - a), axis=-1))
 
 
-def _kl(p: Floats, q: Floats) -> Floats:
-    """Row-wise KL of log-probabilities as sum p (e^d - 1 - d), d = log q - log p: no term is negative, none cancels."""
+def kl_rows(p: Floats, q: Floats) -> Floats:
+    """(...) KL over the last axis of log-probabilities (..., n), as sum p (e^d - 1 - d) with d = log q - log p.
+
+    No term is negative and none cancels: it resolves 1e-40 as well as 1.
+    """
     nothing = np.isneginf(p)
     d = np.where(nothing, 0.0, q) - np.where(nothing, 0.0, p)
-    near = np.exp(p) * (np.expm1(np.minimum(d, 1.0)) - d)
-    far = np.exp(q) - np.exp(p) * np.where(nothing, 0.0, 1 + d)  # where e^d could overflow
-    terms = np.where((d > 1) | nothing, far, near)
-    return np.asarray(np.sum(terms, axis=-1))
+    near = np.exp(p) * _excess(np.minimum(d, 1.0))
+    far = np.exp(q) - np.exp(p) * (1 + d)  # where e^d could overflow
+    return np.asarray(np.sum(np.where((d > 1) | nothing, far, near), axis=-1))
+
+
+def _excess(d: Floats) -> Floats:
+    """e^d - 1 - d >= 0, to full relative precision: by its series where the difference would cancel."""
+    near = np.clip(d, -0.02, 0.02)
+    series = np.full_like(d, 1 / 5040)
+    for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2):
+        series = term + near * series
+    return np.where(near == d, d * d * series, np.expm1(d) - d)
 
 
 def _over_prompts(values: Any, weights: Floats | None) -> float:

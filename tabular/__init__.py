@@ -3,9 +3,31 @@
 if not __name__.startswith("nlhf."):
     raise ImportError(f"this folder is the package nlhf.tabular: write `import nlhf.tabular`, not `import {__name__}`")
 
-from nlhf.tabular.equilibrium import Equilibrium, regularized_nash
+from nlhf.tabular.equilibrium import (
+    Equilibrium,
+    EquilibriumPath,
+    Interval,
+    equilibrium_interval,
+    equilibrium_path,
+    nash,
+    regularized_nash,
+)
 from nlhf.tabular.games import MatrixGame
+from nlhf.tabular.operators import LowRankGame, OperatorGame
 from nlhf.tabular.policy import Tabular
 from nlhf.tabular.solver import ExactSolver
 
-__all__ = ["Equilibrium", "ExactSolver", "MatrixGame", "Tabular", "regularized_nash"]
+__all__ = [
+    "Equilibrium",
+    "EquilibriumPath",
+    "ExactSolver",
+    "Interval",
+    "LowRankGame",
+    "MatrixGame",
+    "OperatorGame",
+    "Tabular",
+    "equilibrium_interval",
+    "equilibrium_path",
+    "nash",
+    "regularized_nash",
+]

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import expit
 
 from nlhf.schedules import check_count
+from nlhf.tabular import tables
+from nlhf.tabular.evidence import Counts, Evidence, Outcomes
 from nlhf.tabular.policy import Floats, Tabular
-
-Path = str | PathLike[str]
-
-
-class Comparison(NamedTuple):
-    """One judged pair: `winner` is `item_a`, `item_b` or "tie"; `weight` > 0 counts it that many times."""
-
-    item_a: str
-    item_b: str
-    winner: str
-    weight: float = 1.0
+from nlhf.tabular.tables import Path
 
 
 class MatrixGame:
@@ -34,6 +25,10 @@ class MatrixGame:
         reference: mu, a `Tabular` or probabilities (n,) or (X, n), full support; uniform by default.
         prompt_weights: (X,) probabilities of the prompts; uniform by default.
         labels: names of the n responses.
+        dtype: how the matrix is stored. float32 halves its memory: then P + P^T = 1 must hold within 1e-6, entries
+            are rounded so that it holds exactly, and products with it are still summed in float64.
+
+    `evidence` is what the win probabilities were estimated from, where a constructor did that, else None.
 
     Raises ValueError naming the argument and the value that is wrong.
 
@@ -51,15 +46,22 @@ class MatrixGame:
         reference: Tabular | ArrayLike | None = None,
         prompt_weights: ArrayLike | None = None,
         labels: Sequence[str] | None = None,
+        dtype: DTypeLike = np.float64,
     ) -> None:
+        if np.dtype(dtype) not in (np.float64, np.float32):
+            raise ValueError(f"dtype must be float64 or float32, got {dtype!r}")
         try:
-            matrix = np.array(win_prob, dtype=np.float64)
+            matrix = np.array(win_prob, dtype=dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(f"win_prob must be an array of numbers: {error}") from None
         _check_matrix(matrix)
+        if matrix.dtype == np.float32:  # 1 - p is exact in float32 for p >= 1/2
+            swapped = np.swapaxes(matrix, -1, -2)
+            matrix = np.where(matrix < swapped, 1 - swapped, np.where(matrix == swapped, np.float32(0.5), matrix))
         matrix.flags.writeable = False
         self.matrix: Floats = matrix
-        self.reference = _reference(reference, matrix.shape[:-1])
+        self.evidence: Evidence | None = None
+        self.reference = reference_policy(reference, matrix.shape[:-1])
         self.prompt_weights = _weights(prompt_weights, matrix.shape[:-2])
         self.labels = None if labels is None else tuple(labels)
         if self.labels is not None and (len(self.labels) != self.n or len(set(self.labels)) != self.n):
@@ -79,7 +81,11 @@ class MatrixGame:
 
     def versus(self, probs: Floats) -> Floats:
         """(n,) or (X, n): P(y > pi | x) for all y, given pi(z | x) of the same shape. One product with the matrix."""
-        return np.matvec(self.matrix, probs)
+        if self.matrix.dtype == np.float64:
+            return np.matvec(self.matrix, probs)
+        rows = max(1, 262_144 // self.n)  # a block of the matrix in float64 stays in the cache
+        blocks = (self.matrix[..., at : at + rows, :].astype(np.float64) for at in range(0, self.n, rows))
+        return np.concatenate([np.matvec(block, probs) for block in blocks], axis=-1)
 
     def win_prob(self, x: Any, y: Any, z: Any) -> Floats:
         """(B, n, m) P(y > z | x): x (B,) prompts, y (B, n) and z (B, m) responses; `...` is all of them."""
@@ -139,13 +145,8 @@ class MatrixGame:
 
         `rank` must be even: a skew-symmetric matrix has even rank.
         """
-        check_count("n", n, 1)
-        if rank < 2 or rank % 2:
-            raise ValueError(f"rank must be even and at least 2, got {rank}")
-        features = np.random.default_rng(seed).standard_normal((n, rank))
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-        left, right = features[:, ::2], features[:, 1::2]
-        skew = left @ right.T
+        features = random_features(n, rank, seed)
+        skew = features[:, ::2] @ features[:, 1::2].T
         return cls(0.5 + 0.5 * (skew - skew.T), **kwargs)
 
     @classmethod
@@ -165,9 +166,12 @@ class MatrixGame:
 
     @classmethod
     def from_file(cls, path: Path, **kwargs: Any) -> MatrixGame:
-        """`from_comparisons` if the file has the columns item_a, item_b and winner, else `from_csv`."""
-        log = {"item_a", "item_b", "winner"} <= set(_read_csv(path)[0][1])
-        return (cls.from_comparisons if log else cls.from_csv)(path, **kwargs)
+        """`from_comparisons`, `from_csv` or `from_scores`, by what the file holds.
+
+        A log has the columns item_a, item_b and winner; the rows of a matrix are named as its columns are.
+        """
+        readers = {"comparisons": cls.from_comparisons, "matrix": cls.from_csv, "scores": cls.from_scores}
+        return readers[tables.kind(path)](path, **kwargs)
 
     @classmethod
     def from_csv(cls, path: Path, **kwargs: Any) -> MatrixGame:
@@ -175,26 +179,51 @@ class MatrixGame:
 
         Raises FileNotFoundError, or ValueError with the file and line that is wrong.
         """
-        rows = _read_csv(path)
-        first, header = rows[0][0], rows[0][1][1:]
-        if len(set(header)) != len(header):
-            raise ValueError(f"{path}, line {first}: names must be distinct, got {_repeated(header)!r} twice")
-        names, values = [], []
-        for line, row in rows[1:]:
-            if len(row) != len(header) + 1:
-                raise ValueError(
-                    f"{path}, line {line}: expected a name and {len(header)} numbers, got {len(row)} cells"
-                )
-            names.append(row[0])
-            values.append([_probability(cell, path, line) for cell in row[1:]])
-        if names != header:
-            raise ValueError(f"{path}: rows and columns must have the same names in the same order, "
-                             f"got {len(names)} rows and {len(header)} columns, "
-                             f"first difference {_first_difference(names, header)}")  # fmt: skip
+        names, values = tables.read_matrix(path)
         try:
             return cls(values, labels=names, **kwargs)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_scores(
+        cls, scores: Path | ArrayLike, groups: ArrayLike | None = None, **kwargs: Any
+    ) -> MatrixGame:
+        """Win probabilities of items that were scored on the same questions.
+
+            P[y, z] = share of questions on which y scores higher than z, a tie counting half
+
+        Only the order of scores matters, question by question: no scale is assumed.
+
+        Args:
+            scores: (Q, n), or a CSV file: a header of names, then one row per question, which begins with its name.
+            groups: (Q,) the prompt 0 ... X - 1 that each question belongs to: one game per prompt, weighed by its share
+                of the questions. None for one game.
+
+        Raises FileNotFoundError, or ValueError with the argument, or the file and line, that is wrong.
+
+        >>> MatrixGame.from_scores([[3, 1], [2, 2], [0, 9], [7, 5]]).matrix[0]
+        array([0.5  , 0.625])
+        """
+        if isinstance(scores, (str, PathLike)):
+            kwargs["labels"], values = tables.read_scores(scores)
+        else:
+            values = np.asarray(scores, dtype=np.float64)
+        if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
+            raise ValueError(f"scores must be finite numbers of shape (Q, n), got shape {values.shape}")
+        if groups is None:
+            evidence = Outcomes(values)
+        else:
+            member = np.asarray(groups)
+            if member.shape != values.shape[:1] or not np.issubdtype(member.dtype, np.integer):
+                raise ValueError(f"groups must be {len(values)} integers, got {member.dtype} of shape {member.shape}")
+            share = np.bincount(member) / len(values) if member.min() >= 0 else np.zeros(1)
+            if not (share > 0).all():
+                raise ValueError(f"groups must be 0 ... X - 1, each at least once, got {np.unique(member).tolist()}")
+            kwargs["prompt_weights"], evidence = share, Outcomes(values, member)
+        game = cls(evidence.mean, **kwargs)
+        game.evidence = evidence
+        return game
 
     @classmethod
     def from_comparisons(
@@ -220,9 +249,9 @@ class MatrixGame:
         if not (np.isfinite(prior) and prior >= 0):
             raise ValueError(f"prior must be a finite number >= 0, got {prior!r}")
         if isinstance(comparisons, (str, PathLike)):
-            judged = _read_comparisons(comparisons)
+            judged = tables.read_comparisons(comparisons)
         else:
-            judged = [_comparison(row, f"comparisons, row {i}") for i, row in enumerate(comparisons)]
+            judged = [tables.comparison(row, f"comparisons, row {i}") for i, row in enumerate(comparisons)]
         if not judged:
             raise ValueError("comparisons must hold at least one judged pair, got none")
         labels = sorted({c.item_a for c in judged} | {c.item_b for c in judged})
@@ -233,13 +262,14 @@ class MatrixGame:
             share = 0.5 if winner == "tie" else float(winner == item_a)
             wins[a, b] += share * weight
             wins[b, a] += (1 - share) * weight
-        total = wins + wins.T
-        np.fill_diagonal(total, 1.0)  # nobody is compared with itself
-        np.fill_diagonal(wins, 0.5)
-        if prior == 0 and (total == 0).any():
-            a, b = np.argwhere(total == 0)[0]
+        unjudged = (wins + wins.T == 0) & ~np.eye(len(labels), dtype=bool)  # nobody is compared with itself
+        if prior == 0 and unjudged.any():
+            a, b = np.argwhere(unjudged)[0]
             raise ValueError(f"comparisons never pair {labels[a]!r} with {labels[b]!r}: give a prior > 0")
-        return cls((wins + prior) / (total + 2 * prior), labels=labels, **kwargs)
+        evidence = Counts(wins, prior)
+        game = cls(evidence.mean, labels=labels, **kwargs)
+        game.evidence = evidence
+        return game
 
 
 def _check_matrix(matrix: Floats) -> None:
@@ -250,13 +280,23 @@ def _check_matrix(matrix: Floats) -> None:
         at = tuple(int(i) for i in np.argwhere(~bad)[0])
         raise ValueError(f"win_prob must hold probabilities in [0, 1], got P{list(at)} = {float(matrix[at])}")
     total = matrix + np.swapaxes(matrix, -1, -2)
-    if (wrong := np.abs(total - 1) > 1e-9).any():
+    if (wrong := np.abs(total - 1) > (1e-9 if matrix.dtype == np.float64 else 1e-6)).any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
         swap = (*at[:-2], at[-1], at[-2])
         raise ValueError(f"win_prob must satisfy P + P^T = 1: P{list(at)} + P{list(swap)} = {total[at]:.10g}")
 
 
-def _reference(reference: Tabular | ArrayLike | None, shape: tuple[int, ...]) -> Tabular:
+def random_features(n: int, rank: int, seed: int | np.random.Generator) -> Floats:
+    """(n, rank) rows on the unit sphere."""
+    check_count("n", n, 1)
+    if rank < 2 or rank % 2:
+        raise ValueError(f"rank must be even and at least 2, got {rank}")
+    features = np.random.default_rng(seed).standard_normal((n, rank))
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def reference_policy(reference: Tabular | ArrayLike | None, shape: tuple[int, ...]) -> Tabular:
+    """The reference as a `Tabular` of that shape: uniform if None; ValueError unless it has full support."""
     if reference is None:
         return Tabular.from_logits(np.zeros(shape))
     if isinstance(reference, Tabular):
@@ -285,69 +325,3 @@ def _weights(weights: ArrayLike | None, shape: tuple[int, ...], name: str = "pro
     if not ((share >= 0).all() and abs(share.sum() - 1) <= 1e-9):
         raise ValueError(f"{name} must be probabilities that sum to 1, got {share.tolist()}")
     return share
-
-
-def _read_csv(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV file with their line numbers, blank lines left out."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    if len(rows) < 2:
-        raise ValueError(f"{path}: expected a header and at least one row, got {len(rows)} lines")
-    return rows
-
-
-def _probability(cell: str, path: Path, line: int) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = np.nan
-    if not 0 <= value <= 1:
-        raise ValueError(f"{path}, line {line}: expected a probability in [0, 1], got {cell!r}")
-    return value
-
-
-def _read_comparisons(path: Path) -> list[Comparison]:
-    (first, header), *rows = _read_csv(path)
-    needed, known = ["item_a", "item_b", "winner"], ["item_a", "item_b", "winner", "weight"]
-    if not (set(needed) <= set(header) <= set(known) and len(set(header)) == len(header)):
-        raise ValueError(f"{path}, line {first}: expected the columns item_a, item_b, winner[, weight], got {header}")
-    judged = []
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, line {line}: expected {len(header)} cells, got {len(row)}")
-        cells = dict(zip(header, row, strict=True))
-        judged.append(_comparison([cells[name] for name in known if name in cells], f"{path}, line {line}"))
-    return judged
-
-
-def _comparison(row: Sequence[Any], where: str) -> Comparison:
-    if len(row) not in (3, 4):
-        raise ValueError(f"{where}: expected item_a, item_b, winner[, weight], got {len(row)} values")
-    item_a, item_b, winner = map(str, row[:3])
-    if "tie" in (item_a, item_b):
-        raise ValueError(f"{where}: an item must not be called 'tie', which is how a tie is written")
-    if item_a == item_b:
-        raise ValueError(f"{where}: item_a and item_b must differ, got {item_a!r} twice")
-    if winner not in (item_a, item_b, "tie"):
-        raise ValueError(f"{where}: winner must be {item_a!r}, {item_b!r} or 'tie', got {winner!r}")
-    try:
-        weight = float(row[3]) if len(row) == 4 else 1.0
-    except ValueError:
-        weight = np.nan
-    if not (np.isfinite(weight) and weight > 0):
-        raise ValueError(f"{where}: weight must be a finite number > 0, got {row[3]!r}")
-    return Comparison(item_a, item_b, winner, weight)
-
-
-def _repeated(names: Sequence[str]) -> str:
-    return next(name for i, name in enumerate(names) if name in names[:i])
-
-
-def _first_difference(rows: Sequence[str], columns: Sequence[str]) -> str:
-    return next((f"{r!r} against {c!r}" for r, c in zip(rows, columns, strict=False) if r != c), "in length")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scipy.special import softmax
 
 from nlhf.core import Info, Prox
-from nlhf.tabular.games import MatrixGame
+from nlhf.tabular.operators import TabularGame
 from nlhf.tabular.policy import Tabular
 
 
@@ -21,6 +21,7 @@ class ExactSolver:
         game: the game that the algorithm plays.
 
     >>> from nlhf import NashMD
+    >>> from nlhf.tabular import MatrixGame
     >>> game = MatrixGame.rock_paper_scissors(reference=[0.5, 0.3, 0.2])
     >>> algorithm, solver = NashMD(eta=1.0, tau=0.5), ExactSolver(game)
     >>> state, info = algorithm.step(algorithm.init(game.reference), solver)
@@ -28,7 +29,7 @@ class ExactSolver:
     (array([0.5231, 0.257 , 0.22  ]), Info(prox_residual=0.0, oracle_calls=9))
     """
 
-    game: MatrixGame
+    game: TabularGame
 
     def init(self) -> Tabular:
         """Where `nlhf.run` starts by default: the reference."""
@@ -41,4 +42,4 @@ class ExactSolver:
             # softmax, because a geometric mixture comes unnormalised
             probs = softmax(opponent.log_prob(..., ...), axis=-1)
             logits = logits + (prox.eta * weight) * self.game.versus(probs)
-        return Tabular.from_logits(logits), Info(0.0, len(prox.opponents) * self.game.matrix.size)
+        return Tabular.from_logits(logits), Info(0.0, len(prox.opponents) * len(self.game.prompts) * self.game.n**2)
