@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from nlhf.metrics import kl_rows, reverse_kl_factor
 from nlhf.schedules import check_count, check_tau, is_number
 from nlhf.tabular import interior_point
 from nlhf.tabular.games import MatrixGame
-from nlhf.tabular.newton import Dual, FactoredDual, FullDual, follow
+from nlhf.tabular.newton import Dual, FactoredDual, FullDual, floor, follow, goal
 from nlhf.tabular.operators import LowRankGame, TabularGame
 from nlhf.tabular.policy import Floats, Tabular
 
@@ -70,14 +71,13 @@ def regularized_nash(game: TabularGame, tau: float, tol: float = 0.0) -> Equilib
     check_tau(tau, positive=True)
     if not is_number(tol) or tol < 0:
         raise ValueError(f"tol must be a finite number >= 0, got {tol!r}")
-    log_probs, steps, products = [], 0, 0
-    for one, found in zip(_prompts(game), _solved_together(game, tau, tol), strict=True):
-        if found is None:
-            dual = one.dual()
-            point, taken = follow(dual, tau, tol / 2)
-            found = dual.log_probs(point), taken, dual.products
-        log_probs.append(found[0])
-        steps, products = steps + found[1], products + found[2]
+    log_probs, steps, solved = _solved_together(game, tau, tol / 2)
+    products = 2 * steps + int(solved.sum())
+    for one in (_Prompt(game, int(x)) for x in np.flatnonzero(~solved)):
+        dual = one.dual()
+        point, taken = follow(dual, tau, tol / 2)
+        log_probs[one.x] = dual.log_probs(point)
+        steps, products = steps + taken, products + dual.products
     return _certified(game, tau, log_probs, steps, products)
 
 
@@ -150,7 +150,7 @@ def equilibrium_path(game: TabularGame, taus: Sequence[float]) -> EquilibriumPat
 
     >>> path = equilibrium_path(MatrixGame.rock_paper_scissors(reference=[0.5, 0.3, 0.2]), [0, 0.1, 10])
     >>> path.taus, path.probs.round(3)[:, 0]
-    (array([10. ,  0.1,  0. ]), array([0.505, 0.375, 0.333]))
+    (array([10. ,  0.1,  0. ]), array([0.502, 0.375, 0.333]))
     """
     levels = sorted({float(check_tau(tau)) for tau in taus}, reverse=True)
     if not levels:
@@ -295,6 +295,17 @@ def _certified(
     return Equilibrium(policy, tau, gap, bound, proved, game.prompt_weights, steps, products + policy.log_probs.size // game.n)
 
 
-def _solved_together(game: TabularGame, tau: float, tol: float) -> list[tuple[Floats, int, int] | None]:
-    """log pi, steps and products for each prompt that the compiled batch solver has done, None for the others."""
-    return [None] * game.prompt_weights.size
+def _solved_together(game: TabularGame, tau: float, tol: float) -> tuple[Floats, int, NDArray[np.bool_]]:
+    """log pi (X, n), Newton steps, and which prompts the compiled batch solver has done (X,): few are not its business.
+
+    Compiling takes longer than it saves for hundreds of games.
+    """
+    count = game.prompt_weights.size
+    if isinstance(game, MatrixGame) and count >= 1000 and game.matrix.dtype == np.float64 and find_spec("numba"):
+        from nlhf.tabular import fast
+
+        if game.n <= fast.LARGEST:
+            mu = game.reference.log_probs
+            log_probs, steps, solved = fast.newton(game.matrix, mu, float(tau), goal(tau, tol), floor(tau, tol))
+            return log_probs, int(steps.sum()), solved
+    return np.empty((count, game.n)), 0, np.zeros(count, dtype=bool)

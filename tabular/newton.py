@@ -74,8 +74,8 @@ def follow(game: Dual, tau: float, tol: float, start: Point | None = None) -> tu
     Newton is tried at tau itself. If it does not get there, tau falls from where Newton is easy in steps that grow as
     long as it keeps up and shrink where it does not, each predicted by the tangent d y / d log tau = (I - M C / tau)^-1 (-y).
     """
-    point, taken = _correct(game, game.at(_predict(game, start, tau), tau), _goal(tau, tol), 4)
-    if point.gap <= _floor(tau, tol):
+    point, taken = _correct(game, game.at(_predict(game, start, tau), tau), goal(tau, tol), 4)
+    if point.gap <= floor(tau, tol):
         return point, taken
     if start is None:
         start, steps = _correct(game, game.at(np.zeros(game.size), max(tau, 1.0)), 1e-4, 50)
@@ -85,10 +85,10 @@ def follow(game: Dual, tau: float, tol: float, start: Point | None = None) -> tu
         tangent = game.solve(start, -start.dual)
         while True:
             level = max(tau, factor * start.tau)
-            goal = _goal(tau, tol) if level == tau else 1e-4 * level
-            point, steps = _correct(game, game.at(start.dual + log(level / start.tau) * tangent, level), goal, 8)
+            wanted = goal(tau, tol) if level == tau else 1e-4 * level
+            point, steps = _correct(game, game.at(start.dual + log(level / start.tau) * tangent, level), wanted, 8)
             taken += steps
-            if point.gap <= (_floor(tau, tol) if level == tau else goal):
+            if point.gap <= (floor(tau, tol) if level == tau else wanted):
                 break
             factor = sqrt(factor)
             if factor > 1 - 1e-6:
@@ -104,20 +104,20 @@ def _predict(game: Dual, start: Point | None, tau: float) -> Floats:
     return start.dual + log(tau / start.tau) * game.solve(start, -start.dual)
 
 
-def _goal(tau: float, tol: float) -> float:
+def goal(tau: float, tol: float) -> float:
     """A gap that is worth asking for: that of a residual of a few rounding errors, which are 1 / tau large."""
     return max(tol, tau * (2 * EPS * (1 + 0.5 / tau)) ** 2)
 
 
-def _floor(tau: float, tol: float) -> float:
+def floor(tau: float, tol: float) -> float:
     """A gap to be content with where rounding stops Newton: a hundredfold residual."""
-    return max(tol, 1e4 * _goal(tau, 0.0))
+    return max(tol, 1e4 * goal(tau, 0.0))
 
 
-def _correct(game: Dual, point: Point, goal: float, patience: int) -> tuple[Point, int]:
+def _correct(game: Dual, point: Point, wanted: float, patience: int) -> tuple[Point, int]:
     """Newton at one tau, until the goal, or no progress, or `patience` steps that were not worth two digits each."""
     taken = 0
-    while not (point.gap <= goal and point.drift < 0.1) and patience:
+    while not (point.gap <= wanted and point.drift < 0.1) and patience:
         taken += 1
         direction = game.solve(point, point.residual)
         for t in (1.0, 0.5, 0.25):
