@@ -71,6 +71,57 @@ def ladder(
     print("\n".join(f"wrote {path}" for path in written))
 
 
+def solve(
+    data: Annotated[Path, tyro.conf.Positional],
+    tau: str = "0.1,0.01,0",
+    reference: Path | None = None,
+    clusters: int | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Exact equilibria of preference data, beside its Bradley-Terry ranking.
+
+    Args:
+        data: a CSV file (or .csv.gz): win probabilities, P(row > column); or comparisons, with the columns item_a,
+            item_b, winner[, weight]; or scores, one row per question and one column per item.
+        tau: strengths of the KL regularisation, >= 0, separated by commas.
+        reference: a CSV file with the columns item, probability; uniform if not given.
+        clusters: of scores only: group the questions into so many prompts by who does well on them.
+        draws: games drawn from comparisons or scores for the uncertainty of the equilibrium.
+        seed: of the draws and the clusters.
+        out: where to write; runs/solve-NAME if not given.
+    """
+    from nlhf.ladder import check_folder
+    from nlhf.solve import clustered, standings
+    from nlhf.tabular import MatrixGame, tables
+
+    try:
+        taus = [float(check_tau(float(part))) for part in tau.split(",")]
+    except ValueError:
+        raise ValueError(f"tau must be numbers >= 0 separated by commas, got {tau!r}") from None
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, got {draws}")
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    name = data.name.removesuffix(".gz").removesuffix(".csv")
+    out = Path("runs", f"solve-{name}") if out is None else out
+    check_folder(out)
+    options: dict[str, object] = {}
+    if clusters is not None:
+        if tables.kind(data) != "scores":
+            raise ValueError(f"clusters need scores by question, {data} holds {tables.kind(data)}")
+        options["groups"] = clustered(tables.read_scores(data)[1], clusters, seed)
+    game = MatrixGame.from_file(data, **options)
+    if reference is not None:
+        game = game.with_reference(tables.read_distribution(reference, game.labels))
+    found = standings(name, game, taus, draws, seed=seed)
+    print(found.summary(), "\n")
+    print(found.rows())
+    print("\n" + found.certificates.to_string(index=False, float_format=lambda v: f"{v:.2g}"), "\n")
+    print("\n".join(f"wrote {path}" for path in found.save(out)))
+
+
 def _rows(table: object) -> str:
     import pandas as pd
 
@@ -85,7 +136,9 @@ def main() -> None:
     """Entry point of the command `nlhf`. Bad input ends with one line on stderr and exit code 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"ladder": ladder}, prog="nlhf", description="Preference games, exactly and on language models."
+            {"ladder": ladder, "solve": solve},
+            prog="nlhf",
+            description="Preference games, exactly and on language models.",
         )
     except (ValueError, OSError, ModuleNotFoundError, ArithmeticError) as error:
         print(f"nlhf: {error}", file=sys.stderr)

@@ -54,6 +54,42 @@ def curve(steps: Any, values: Any, metric: str, ax: Axes | None = None, **style:
     return ax
 
 
+def paths(taus: Any, probs: Any, labels: Sequence[str] | None = None, ax: Axes | None = None, named: int = 7) -> Axes:
+    """Probabilities (T, n) against tau (T,), log scale, tau = 0 at the left end; the `named` largest have a name."""
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        _, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    if np.ndim(probs) != 2:
+        raise ValueError(f"probs must be those of one game, (T, n), got shape {np.shape(probs)}")
+    taus = np.asarray(taus, dtype=float)
+    least = taus[taus > 0].min() if (taus > 0).any() else 1.0
+    x = np.where(taus > 0, taus, least / 3)
+    largest = np.argsort(-np.max(probs, axis=0), kind="stable")
+    names = labels or [f"{i}" for i in range(np.shape(probs)[1])]
+    for i in largest[named:]:
+        ax.plot(x, probs[:, i], color="0.75", linewidth=0.6, zorder=1)
+    marks = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "linewidth": 1.4}
+    for style, i in zip(STYLES, largest[:named], strict=False):
+        every = max(1, len(x) // 8)
+        ax.plot(x, probs[:, i], label=shortened(names[i]), markevery=every, **{**marks, **style, "linewidth": 1.4})
+    ax.set(xscale="log", xlabel="tau (win probability per nat)", ylabel="equilibrium probability", ylim=(-0.02, 1.02))
+    if (taus == 0).any():
+        decades = [10.0**k for k in range(-12, 13) if least <= 10.0**k <= taus.max()]
+        ax.set_xticks([least / 3, *decades], ["0", *(f"{d:g}" for d in decades)])
+        ax.axvline(least / 1.7, color="0.6", linewidth=0.6, linestyle=":")  # the axis is broken here
+    ax.minorticks_off()
+    ax.grid(True, which="major", linewidth=0.4, alpha=0.5)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def shortened(name: str, length: int = 28) -> str:
+    """The name, its middle left out where it is long."""
+    return name if len(name) <= length else f"{name[: length // 2]}...{name[-(length // 2 - 3) :]}"
+
+
 def mark_start(ax: Axes) -> None:
     """Label the tick at 1/2 with the step it stands for, 0."""
     low, high = ax.get_xlim()

@@ -210,7 +210,9 @@ def equilibrium_interval(
     if not (is_number(level) and 0 < level < 1):
         raise ValueError(f"level must be in (0, 1), got {level!r}")
     if game.evidence is None:
-        raise ValueError("game must be estimated from data, by from_comparisons or from_scores; this one has no evidence")
+        raise ValueError(
+            "game must be estimated from data, by from_comparisons or from_scores; this one has no evidence"
+        )
     rng, shape, probs = np.random.default_rng(seed), game.matrix.shape, []
     at_once = max(1, 4_000_000 // game.matrix.size)
     for done in range(0, draws, at_once):
@@ -292,7 +294,9 @@ def _certified(
         s = np.ptp(reply - policy.log_probs, axis=-1) + np.sqrt(2 * kl) / tau
         gap, bound = 2 * tau * kl, reverse_kl_factor(s) * kl
     proved = np.broadcast_to(np.reshape(unique, (-1,) if len(shape) == 2 else ()), shape[:-1])
-    return Equilibrium(policy, tau, gap, bound, proved, game.prompt_weights, steps, products + policy.log_probs.size // game.n)
+    return Equilibrium(
+        policy, tau, gap, bound, proved, game.prompt_weights, steps, products + policy.log_probs.size // game.n
+    )
 
 
 def _solved_together(game: TabularGame, tau: float, tol: float) -> tuple[Floats, int, NDArray[np.bool_]]:
@@ -301,7 +305,7 @@ def _solved_together(game: TabularGame, tau: float, tol: float) -> tuple[Floats,
     Compiling takes longer than it saves for hundreds of games.
     """
     count = game.prompt_weights.size
-    if isinstance(game, MatrixGame) and count >= 1000 and game.matrix.dtype == np.float64 and find_spec("numba"):
+    if isinstance(game, MatrixGame) and count >= 4000 and game.matrix.dtype == np.float64 and find_spec("numba"):
         from nlhf.tabular import fast
 
         if game.n <= fast.LARGEST:

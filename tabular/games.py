@@ -96,6 +96,12 @@ class MatrixGame:
             table = np.take_along_axis(table, np.asarray(z)[..., None, :], axis=-1)
         return table
 
+    def with_reference(self, reference: Tabular | ArrayLike) -> MatrixGame:
+        """The same game, and evidence, with another reference."""
+        game = MatrixGame(self.matrix, reference, self.prompt_weights, self.labels, self.matrix.dtype)
+        game.evidence = self.evidence
+        return game
+
     def __repr__(self) -> str:
         return f"MatrixGame(n={self.n}, prompts={len(self.prompts)})"
 
@@ -186,9 +192,7 @@ class MatrixGame:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def from_scores(
-        cls, scores: Path | ArrayLike, groups: ArrayLike | None = None, **kwargs: Any
-    ) -> MatrixGame:
+    def from_scores(cls, scores: Path | ArrayLike, groups: ArrayLike | None = None, **kwargs: Any) -> MatrixGame:
         """Win probabilities of items that were scored on the same questions.
 
             P[y, z] = share of questions on which y scores higher than z, a tie counting half

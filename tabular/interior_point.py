@@ -80,7 +80,12 @@ def generate_columns(product: Callable[[Floats], Floats], block: Callable[[Indic
         return Lottery(probs, True, tied, probs, iterations, products)
     interior = np.zeros(n)
     interior[tied] = everyone.probs
-    return Lottery(probs, everyone.unique, tied[everyone.support], interior, iterations, products)
+    # Those who are not tied need not lose to it: stay close enough to the first equilibrium, to which they all do.
+    short, long = np.delete(payoff, tied), np.delete(product(interior), tied)
+    risen = long > short
+    share = min(1.0, 0.5 * float(np.min(-short[risen] / (long - short)[risen]))) if risen.any() else 1.0
+    interior = share * interior + (1 - share) * probs
+    return Lottery(probs, everyone.unique, tied[everyone.support], interior, iterations, products + 1)
 
 
 def solve(skew: Floats) -> Lottery:
@@ -217,7 +222,9 @@ def nearest_to(log_mu: Floats, skew_columns: Floats, lottery: Lottery) -> Floats
             move, slide = free @ direction, down @ direction
             t = min(1.0, 0.99 * min(_reach(x, move), _reach(slack, slide)))
             now = objective(x, slack)
-            while t > 1e-12 and not objective(x + t * move, slack + t * slide) <= now - 1e-4 * t * decrease + 1e-15 * abs(now):
+            while t > 1e-12 and not objective(
+                x + t * move, slack + t * slide
+            ) <= now - 1e-4 * t * decrease + 1e-15 * abs(now):
                 t /= 2
             x, slack = x + t * move, slack + t * slide
     probs = np.zeros_like(log_mu)

@@ -48,6 +48,23 @@ def read_scores(path: Path) -> tuple[list[str], Floats]:
     return header, values
 
 
+def read_distribution(path: Path, names: Sequence[str] | None) -> Floats:
+    """(n,) probabilities of these names, from a file with the columns item, probability."""
+    (first, header), *rows = _read_csv(path)
+    if header != ["item", "probability"]:
+        raise ValueError(f"{path}, line {first}: expected the columns item, probability, got {header}")
+    found: dict[str, float] = {}
+    for line, row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {line}: expected 2 cells, got {len(row)}")
+        if row[0] in found or row[0] not in (names or ()):
+            raise ValueError(f"{path}, line {line}: expected each item of the game once, got {row[0]!r}")
+        found[row[0]] = _number(row[1], path, line, probability=True)
+    if missing := [name for name in names or () if name not in found]:
+        raise ValueError(f"{path}: expected a probability for every item, none for {missing[0]!r}")
+    return np.array([found[name] for name in names or ()])
+
+
 def _read_table(path: Path, probabilities: bool) -> tuple[list[str], list[str], Floats]:
     (first, header), *rows = _read_csv(path)
     header = header[1:]
