@@ -1,4 +1,4 @@
-"""The equilibria of a preference data set beside its Bradley-Terry ranking: what `nlhf solve` prints, writes and draws."""
+"""Equilibria of preference data beside their Bradley-Terry ranking: what `nlhf solve` prints, writes and draws."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Standings:
             lines.append(f"{self.labels[found.condorcet]} beats every other item{pooled} (Condorcet winner)")
         else:
             lines.append(f"no item beats every other one{pooled}")
-        lines.append(f"{found.count} 3-cycles of majorities" + (", the strongest:" if found.count else ""))
+        lines.append(f"{found.total} 3-cycles of majorities" + (", the strongest:" if found.total else ""))
         for y, z, w, least in found.strongest:
             names = " > ".join(self.labels[i] for i in (y, z, w, y))
             lines.append(f"  {names}, each with probability at least {least:.3f}")
@@ -141,7 +141,7 @@ class Standings:
                 text += shown[f"low({tau})"].map(" [{:.3f},".format) + shown[f"high({tau})"].map(" {:.3f}]".format)
             shown = shown.assign(**{f"tau={tau}": text})
         columns = [
-            c for c in shown if c in ("prompt", "item", "bt_rank", "bt_score", "win_rate") or c.startswith("tau=")
+            c for c in shown if c in ("prompt", "item", "bt_rank", "bt_score", "win_rate") or str(c).startswith("tau=")
         ]
         left_out = self.game.n - most
         table = shown[columns].to_string(index=False, na_rep="-", float_format="{:.3f}".format)
@@ -162,7 +162,9 @@ class Standings:
 
         tau = f"tau = {self.path.taus[0]:g}"
         if contextual:
-            series = {f"prompt {x} ({w:.0%})": (0, x) for x, w in enumerate(self.game.prompt_weights)}
+            series: dict[str, tuple[int, Any]] = {
+                f"prompt {x} ({w:.0%})": (0, x) for x, w in enumerate(self.game.prompt_weights)
+            }
             title = f"equilibrium at {tau}, prompt by prompt"
         else:
             series = {f"tau = {tau:g}": (t, ...) for t, tau in enumerate(self.path.taus)}

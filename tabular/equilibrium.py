@@ -15,7 +15,7 @@ from nlhf.metrics import kl_rows, reverse_kl_factor
 from nlhf.schedules import check_count, check_tau, is_number
 from nlhf.tabular import interior_point
 from nlhf.tabular.games import MatrixGame
-from nlhf.tabular.newton import Dual, FactoredDual, FullDual, floor, follow, goal
+from nlhf.tabular.newton import Dual, FactoredDual, FullDual, follow, goal
 from nlhf.tabular.operators import LowRankGame, TabularGame
 from nlhf.tabular.policy import Floats, Tabular
 
@@ -310,6 +310,6 @@ def _solved_together(game: TabularGame, tau: float, tol: float) -> tuple[Floats,
 
         if game.n <= fast.LARGEST:
             mu = game.reference.log_probs
-            log_probs, steps, solved = fast.newton(game.matrix, mu, float(tau), goal(tau, tol), floor(tau, tol))
+            log_probs, steps, solved = fast.newton(game.matrix, mu, float(tau), goal(float(tau), tol))
             return log_probs, int(steps.sum()), solved
     return np.empty((count, game.n)), 0, np.zeros(count, dtype=bool)

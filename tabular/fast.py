@@ -12,6 +12,7 @@ import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
+from nlhf.tabular.newton import Goal
 from nlhf.tabular.policy import Floats
 
 LARGEST = 64
@@ -95,13 +96,13 @@ def _solve(skew, root, b, tau, system, h):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True)
-def _newton(skew, log_mu, y, tau, goal, work, system):  # type: ignore[no-untyped-def]
+def _newton(skew, log_mu, y, tau, goal, loose, work, system):  # type: ignore[no-untyped-def]
     """Newton at one tau from y, which it moves; steps that do not lower the gap are halved. Returns gap and steps."""
     n = y.size
     trial, pi, reply, root, b, h = work
     gap, drift = _evaluate(skew, log_mu, y, tau, pi, reply)
     for step in range(30):
-        if gap <= goal and drift < 0.1:
+        if gap <= goal and drift <= loose:
             return gap, step
         mean = 0.0
         for i in range(n):
@@ -115,15 +116,15 @@ def _newton(skew, log_mu, y, tau, goal, work, system):  # type: ignore[no-untype
             for j in range(n):
                 s += skew[i, j] * h[j]
             b[i] = reply[i] - y[i] + s / tau  # the direction
-        t, new = 1.0, np.inf
+        t, new, before = 1.0, np.inf, drift
         while t > 0.2:
             for i in range(n):
                 trial[i] = y[i] + t * b[i]
             new, drift = _evaluate(skew, log_mu, trial, tau, pi, reply)
-            if new <= (1 - 0.1 * t) * gap:
+            if new <= max(goal, (1 - 0.1 * t) * gap):
                 break
             t /= 2
-        if t <= 0.2:
+        if t <= 0.2 or (gap <= goal and drift > 0.1 * before):
             return gap, step + 1
         gap = new
         y[:] = trial
@@ -131,7 +132,7 @@ def _newton(skew, log_mu, y, tau, goal, work, system):  # type: ignore[no-untype
 
 
 @nb.njit(cache=True, nogil=True)
-def _each(matrices, log_mu, tau, goal, floor, log_pi, steps, solved):  # type: ignore[no-untyped-def]
+def _each(matrices, log_mu, tau, goal, loose, floor, log_pi, steps, solved):  # type: ignore[no-untyped-def]
     """One game after the other: from tau = 0.1 down, three levels to a decade, each from the payoffs of the last."""
     n = log_mu.shape[1]
     skew, system, work, y = np.empty((n, n)), np.empty((n, n + 2)), np.empty((6, n)), np.empty(n)
@@ -142,7 +143,8 @@ def _each(matrices, log_mu, tau, goal, floor, log_pi, steps, solved):  # type: i
         level = max(tau, 0.1)
         while True:
             wanted = goal if level == tau else 1e-3 * level
-            gap, taken = _newton(skew, log_mu[game], y, level, wanted, work, system)
+            near = loose if level == tau else 0.1
+            gap, taken = _newton(skew, log_mu[game], y, level, wanted, near, work, system)
             steps[game] += taken
             if level == tau or gap > wanted:
                 break
@@ -154,12 +156,12 @@ def _each(matrices, log_mu, tau, goal, floor, log_pi, steps, solved):  # type: i
 
 
 def newton(
-    matrices: Floats, log_mu: Floats, tau: float, goal: float, floor: float
+    matrices: Floats, log_mu: Floats, tau: float, goal: Goal
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
     """Solve B games (B, n, n) with references (B, n) on all cores.
 
-    Returns log mu + y (B, n), the Newton steps (B,), and whether each game is solved (B,): its gap is at most `goal`, or
-    at most `floor` where rounding stopped it.
+    Returns log mu + y (B, n), the Newton steps (B,), and whether each game is solved (B,): its gap is at most
+    that of the goal, or of its floor where rounding stopped it.
     """
     B, n = log_mu.shape
     log_pi, steps, solved = np.empty((B, n)), np.zeros(B, np.int64), np.zeros(B, np.bool_)
@@ -167,7 +169,7 @@ def newton(
     parts = [slice(B * w // workers, B * (w + 1) // workers) for w in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         for done in [
-            pool.submit(_each, matrices[p], log_mu[p], tau, goal, floor, log_pi[p], steps[p], solved[p]) for p in parts
+            pool.submit(_each, matrices[p], log_mu[p], tau, *goal, log_pi[p], steps[p], solved[p]) for p in parts
         ]:
             done.result()
     return log_pi, steps, solved

@@ -176,8 +176,13 @@ class MatrixGame:
 
         A log has the columns item_a, item_b and winner; the rows of a matrix are named as its columns are.
         """
-        readers = {"comparisons": cls.from_comparisons, "matrix": cls.from_csv, "scores": cls.from_scores}
-        return readers[tables.kind(path)](path, **kwargs)
+        match tables.kind(path):
+            case "comparisons":
+                return cls.from_comparisons(path, **kwargs)
+            case "matrix":
+                return cls.from_csv(path, **kwargs)
+            case _:
+                return cls.from_scores(path, **kwargs)
 
     @classmethod
     def from_csv(cls, path: Path, **kwargs: Any) -> MatrixGame:

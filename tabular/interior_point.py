@@ -208,10 +208,10 @@ def nearest_to(log_mu: Floats, skew_columns: Floats, lottery: Lottery) -> Floats
     down = -outside @ free  # how the slacks move
     slack = -outside @ x
 
-    def objective(x: Floats, slack: Floats) -> float:
+    def objective(x: Floats, slack: Floats, weight: float) -> float:
         return float(x @ (np.log(x) - mu) - weight * np.log(slack).sum())
 
-    for weight in np.geomspace(1e-1, 1e-16, 16):
+    for weight in np.geomspace(1e-1, 1e-12, 12):  # the answer is off by about the last one
         for _ in range(50):
             gradient = free.T @ (np.log(x) - mu) - weight * (down.T @ (1 / slack))
             hessian = (free.T / x) @ free + weight * ((down.T / slack**2) @ down)
@@ -220,11 +220,9 @@ def nearest_to(log_mu: Floats, skew_columns: Floats, lottery: Lottery) -> Floats
             if not decrease > 1e-22:
                 break
             move, slide = free @ direction, down @ direction
+            now = objective(x, slack, weight)
             t = min(1.0, 0.99 * min(_reach(x, move), _reach(slack, slide)))
-            now = objective(x, slack)
-            while t > 1e-12 and not objective(
-                x + t * move, slack + t * slide
-            ) <= now - 1e-4 * t * decrease + 1e-15 * abs(now):
+            while t > 1e-12 and objective(x + t * move, slack + t * slide, weight) > now + 1e-15 * abs(now):
                 t /= 2
             x, slack = x + t * move, slack + t * slide
     probs = np.zeros_like(log_mu)

@@ -3,7 +3,7 @@
 The equilibrium is pi = softmax(log mu + y) with y = M pi / tau, M = P - 1/2 skew-symmetric. Newton on the residual
 r(y) = M pi / tau - y solves (I - M C / tau) dy = r, C = diag(pi) - pi pi^T. With h = C dy = sqrt(pi) v that is
 
-    (I - S) v = sqrt(pi) (r - <pi, r>),   S = sqrt(pi) M sqrt(pi) / tau,   v orthogonal to sqrt(pi),   dy = r + M h / tau
+    (I - S) v = sqrt(pi) (r - <pi, r>),   S = sqrt(pi) M sqrt(pi) / tau,   v off sqrt(pi),   dy = r + M h / tau
 
 and S is skew: the system is never singular, whatever tau, mu and y are, and a short recurrence solves it.
 
@@ -72,23 +72,24 @@ def follow(game: Dual, tau: float, tol: float, start: Point | None = None) -> tu
     """The equilibrium at tau and the number of Newton steps, from a nearby one if there is a `start`.
 
     Newton is tried at tau itself. If it does not get there, tau falls from where Newton is easy in steps that grow as
-    long as it keeps up and shrink where it does not, each predicted by the tangent d y / d log tau = (I - M C / tau)^-1 (-y).
+    long as it keeps up and shrink where it does not, each predicted by the tangent of the path,
+    dy / d log tau = (I - M C / tau)^-1 (-y).
     """
     point, taken = _correct(game, game.at(_predict(game, start, tau), tau), goal(tau, tol), 4)
-    if point.gap <= floor(tau, tol):
+    if point.gap <= goal(tau, tol).floor:
         return point, taken
     if start is None:
-        start, steps = _correct(game, game.at(np.zeros(game.size), max(tau, 1.0)), 1e-4, 50)
+        start, steps = _correct(game, game.at(np.zeros(game.size), max(tau, 1.0)), _on_the_way(1.0), 50)
         taken += steps
     factor = 0.25
     while start.tau != tau:
         tangent = game.solve(start, -start.dual)
         while True:
             level = max(tau, factor * start.tau)
-            wanted = goal(tau, tol) if level == tau else 1e-4 * level
+            wanted = goal(tau, tol) if level == tau else _on_the_way(level)
             point, steps = _correct(game, game.at(start.dual + log(level / start.tau) * tangent, level), wanted, 8)
             taken += steps
-            if point.gap <= (floor(tau, tol) if level == tau else wanted):
+            if point.gap <= wanted.floor:
                 break
             factor = sqrt(factor)
             if factor > 1 - 1e-6:
@@ -104,27 +105,39 @@ def _predict(game: Dual, start: Point | None, tau: float) -> Floats:
     return start.dual + log(tau / start.tau) * game.solve(start, -start.dual)
 
 
-def goal(tau: float, tol: float) -> float:
-    """A gap that is worth asking for: that of a residual of a few rounding errors, which are 1 / tau large."""
-    return max(tol, tau * (2 * EPS * (1 + 0.5 / tau)) ** 2)
+class Goal(NamedTuple):
+    """When a point is good enough."""
+
+    gap: float
+    drift: float
+    floor: float
+    """The gap to be content with where rounding stops Newton: a hundredfold residual."""
 
 
-def floor(tau: float, tol: float) -> float:
-    """A gap to be content with where rounding stops Newton: a hundredfold residual."""
-    return max(tol, 1e4 * goal(tau, 0.0))
+def goal(tau: float, tol: float) -> Goal:
+    """A gap of `tol`; for 0 that of a residual of a few rounding errors, which are 1 / tau large."""
+    rounding = EPS * (1 + 0.5 / tau)
+    least = tau * (2 * rounding) ** 2
+    return Goal(max(tol, least), 0.1 if tol > least else 64 * rounding, max(tol, 1e4 * least))
 
 
-def _correct(game: Dual, point: Point, wanted: float, patience: int) -> tuple[Point, int]:
+def _on_the_way(tau: float) -> Goal:
+    return Goal(1e-4 * tau, 0.1, 1e-4 * tau)
+
+
+def _correct(game: Dual, point: Point, wanted: Goal, patience: int) -> tuple[Point, int]:
     """Newton at one tau, until the goal, or no progress, or `patience` steps that were not worth two digits each."""
     taken = 0
-    while not (point.gap <= wanted and point.drift < 0.1) and patience:
+    while not (point.gap <= wanted.gap and point.drift <= wanted.drift) and patience:
         taken += 1
         direction = game.solve(point, point.residual)
         for t in (1.0, 0.5, 0.25):
             new = game.at(point.dual + t * direction, point.tau)
-            if new.gap <= (1 - 0.1 * t) * point.gap:
+            if new.gap <= max(wanted.gap, (1 - 0.1 * t) * point.gap):
                 break
         else:
+            break
+        if point.gap <= wanted.gap and new.drift > 0.1 * point.drift:
             break
         patience -= new.gap > 0.01 * point.gap
         point = new
@@ -178,7 +191,8 @@ class FullDual:
         One product per step, no basis to store, error ((sqrt(1 + |S|^2) - 1) / |S|)^k.
         """
         v, before, image, r = np.zeros_like(b), np.zeros_like(b), np.zeros_like(b), b
-        size, omega = float(r @ r), 1.0
+        size = last = float(r @ r)
+        omega = 1.0
         target = size * accuracy**2
         for k in range(self.patience):
             if size <= target:
@@ -247,7 +261,7 @@ class FactoredDual:
         return Point(tau, dual, residual, 0.5 * tau * float(residual @ covariance @ residual), drift, covariance)
 
     def solve(self, point: Point, rhs: Floats) -> Floats:
-        return np.linalg.solve(np.eye(self.size) - self.symplectic @ point.slope / point.tau, rhs)
+        return np.asarray(np.linalg.solve(np.eye(self.size) - self.symplectic @ point.slope / point.tau, rhs))
 
     def log_probs(self, point: Point) -> Floats:
         return log_normalised(self.log_mu + self.features @ point.dual)

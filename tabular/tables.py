@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
 
 
 def kind(path: Path) -> str:
-    """ "comparisons", "matrix" or "scores": a log of judged pairs, win probabilities, or scores of items on questions."""
+    """What the file holds: "comparisons" (judged pairs), "matrix" (of win probabilities) or "scores" (on questions)."""
     (_, header), *rows = _read_csv(path)
     if {"item_a", "item_b", "winner"} <= set(header):
         return "comparisons"

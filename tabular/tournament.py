@@ -1,4 +1,4 @@
-"""What else a matrix of win probabilities says: the Bradley-Terry scores that fit it best, and who beats whom in circles."""
+"""What else win probabilities say: the Bradley-Terry scores that fit them best, and who beats whom in circles."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def bradley_terry_scores(win_prob: Floats, weights: Floats | None = None) -> Flo
     if groups > 1:
         unbeaten = int(np.argmin([(win_prob[member != g][:, member == g] > 0).any() for g in range(groups)]))
         raise ValueError(
-            f"win_prob must let everyone be beaten by someone outside each group; {np.flatnonzero(member == unbeaten)[:5]} "
-            "never lose to the others, and have no finite Bradley-Terry score"
+            f"win_prob must let every group lose to the others: {np.flatnonzero(member == unbeaten)[:5]} never "
+            "do, and have no finite Bradley-Terry score"
         )
     scores = np.zeros(n)
 
@@ -64,7 +64,7 @@ class Cycles(NamedTuple):
 
     condorcet: int | None
     """Who beats everyone else with probability above 1/2."""
-    count: int
+    total: int
     """Number of 3-cycles, y beats z beats w beats y."""
     strongest: tuple[tuple[int, int, int, float], ...]
     """At most five of them with the smallest of their three win probabilities, largest first."""
@@ -74,7 +74,7 @@ def cycles(win_prob: Floats) -> Cycles:
     """The Condorcet winner and the 3-cycles of majorities. O(n^3).
 
     >>> cycles(np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]]))
-    Cycles(condorcet=None, count=1, strongest=((0, 1, 2, 0.7),))
+    Cycles(condorcet=None, total=1, strongest=((0, 1, 2, 0.7),))
     """
     n = len(win_prob)
     beats = (win_prob > 0.5).astype(np.float64)
