@@ -120,7 +120,7 @@ class Standings:
             lines.append(f"{self.labels[found.condorcet]} beats every other item{pooled} (Condorcet winner)")
         else:
             lines.append(f"no item beats every other one{pooled}")
-        lines.append(f"{found.total} 3-cycles of majorities" + (", the strongest:" if found.total else ""))
+        lines.append(f"3-cycles of majorities: {found.total}" + (", the strongest" if found.total else ""))
         for y, z, w, least in found.strongest:
             names = " > ".join(self.labels[i] for i in (y, z, w, y))
             lines.append(f"  {names}, each with probability at least {least:.3f}")
