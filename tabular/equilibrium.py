@@ -257,17 +257,19 @@ class _Prompt:
 
     def block(self, rows: NDArray[np.intp]) -> Floats:
         """M[rows, rows]."""
+        if (matrix := self.matrix) is not None:
+            return (matrix if rows.size == self.n else matrix[np.ix_(rows, rows)]) - np.float64(0.5)
         return self.game.win_prob([self.x], rows[None], rows[None])[0] - 0.5
 
     def columns(self, columns: NDArray[np.intp]) -> Floats:
         """M[:, columns]."""
-        return self.game.win_prob([self.x], ..., columns[None])[0] - 0.5
+        return self.game.win_prob([self.x], ..., columns[None])[0] - np.float64(0.5)
 
     def dual(self) -> Dual:
         """The equations of the regularised game."""
         if isinstance(self.game, LowRankGame):
             return FactoredDual(self.game.features, self.game.symplectic, self.log_mu)
-        return FullDual(self.product, self.log_mu, self.matrix)
+        return FullDual(self.product, self.log_mu, self.block, self.matrix)
 
 
 def _prompts(game: TabularGame) -> list[_Prompt]:

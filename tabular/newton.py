@@ -24,8 +24,12 @@ from nlhf.metrics import kl_rows
 
 Floats: TypeAlias = NDArray[np.float64]
 Product: TypeAlias = Callable[[Floats], Floats]
+Block: TypeAlias = Callable[[NDArray[np.intp]], Floats]
 
 EPS = float(np.finfo(np.float64).eps)
+
+MANY = 10_000
+"""More rows of an operator than this are not asked for one by one."""
 
 
 class Point(NamedTuple):
@@ -150,14 +154,15 @@ class FullDual:
     Args:
         product: q -> M q, exact to rounding.
         log_mu: (n,) the reference.
-        matrix: (n, n) P, for direct solves where the recurrence would take longer; None if it is too large to have.
+        block: rows -> M[rows, rows], for direct solves where the recurrence would take longer.
+        matrix: (n, n) P, if there is one.
     """
 
-    def __init__(self, product: Product, log_mu: Floats, matrix: Floats | None) -> None:
-        self.product, self.log_mu, self.matrix = product, log_mu, matrix
+    def __init__(self, product: Product, log_mu: Floats, block: Block, matrix: Floats | None = None) -> None:
+        self.product, self.log_mu, self.block, self.matrix = product, log_mu, block, matrix
         self.products = 0
         # What a factorisation costs, in products; below 64 responses it is the cheaper from the start.
-        self.patience = 20_000 if matrix is None else 0 if log_mu.size <= 64 else min(log_mu.size // 5, 300)
+        self.patience = min(log_mu.size, 2000) if matrix is None else 0 if log_mu.size <= 64 else min(log_mu.size // 5, 300)
 
     @property
     def size(self) -> int:
@@ -217,11 +222,13 @@ class FullDual:
 
         Single precision is enough for a direction: Newton loses a digit of its last step and half of the time is saved.
         """
-        assert self.matrix is not None
         active = np.flatnonzero(root > 1e-10 * root.max())
-        some = self.matrix if active.size == root.size else self.matrix[np.ix_(active, active)]
+        if self.matrix is None and active.size > MANY:
+            raise ArithmeticError(
+                f"{active.size} responses weigh something at tau = {tau:.3g}, too many for a direct solve"
+            )
         weight = root[active].astype(np.float32)
-        system = (some - 0.5).astype(np.float32)
+        system = self.block(active).astype(np.float32)
         system *= weight[:, None] * np.float32(-1 / tau)
         system *= weight
         system.flat[:: active.size + 1] += 1

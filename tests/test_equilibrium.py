@@ -211,7 +211,9 @@ def test_every_engine_finds_the_same(tau: float, monkeypatch: pytest.MonkeyPatch
     sparse = OperatorGame(csr_array(dense.matrix - 0.5), reference)
     single = MatrixGame(dense.matrix, reference, dtype=np.float32)
     expected = regularized_nash(dense, tau)
-    direct = newton.FullDual(lambda q: dense.matrix @ q - 0.5 * q.sum(), reference.log_probs, dense.matrix)
+    direct = newton.FullDual(
+        lambda q: dense.matrix @ q - 0.5 * q.sum(), reference.log_probs, lambda i: dense.matrix[np.ix_(i, i)] - 0.5
+    )
     direct.patience = 0
     point, _ = newton.follow(direct, tau, 0.0)
     assert_close(direct.log_probs(point), expected.policy.log_probs, atol=1e-11 / tau)
