@@ -73,7 +73,8 @@ def paths(taus: Any, probs: Any, labels: Sequence[str] | None = None, ax: Axes |
     for style, i in zip(STYLES, largest[:named], strict=False):
         every = max(1, len(x) // 8)
         ax.plot(x, probs[:, i], label=shortened(names[i]), markevery=every, **{**marks, **style, "linewidth": 1.4})
-    ax.set(xscale="log", xlabel="tau (win probability per nat)", ylabel="equilibrium probability", ylim=(-0.02, 1.02))
+    ax.set(xscale="log", xlabel="tau (win probability per nat)", ylabel="equilibrium probability")
+    ax.set_ylim(-0.02 * np.max(probs), 1.04 * np.max(probs))
     if (taus == 0).any():
         decades = [10.0**k for k in range(-12, 13) if least <= 10.0**k <= taus.max()]
         ax.set_xticks([least / 3, *decades], ["0", *(f"{d:g}" for d in decades)])

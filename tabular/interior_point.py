@@ -24,6 +24,9 @@ Indices = NDArray[np.intp]
 TIE = 1e-10
 """Payoffs that differ by less, relative to the largest |M|, are taken for equal: the data hold no more digits."""
 
+SMALL = 48
+"""Up to here the simplex method guesses the support before an interior-point iteration is done."""
+
 MANY = 4000
 """With more tied responses than this, other equilibria are known to exist but not looked for."""
 
@@ -96,6 +99,10 @@ def solve(skew: Floats) -> Lottery:
         uniform = np.full(n, 1 / n)
         return Lottery(uniform, n == 1, np.arange(n), uniform, 0)
     skew = skew / scale
+    if n <= SMALL:
+        support = _guess(0.5 * skew)
+        if (answer := _on_support(skew, support)) is not None:
+            return Lottery(answer, True, support, answer, 0)
     probs = np.full(n, 1 / n)
     value = 2 * float(np.abs(_times(skew, probs)).max()) + 1e-3
     slack = value - _times(skew, probs)
@@ -122,7 +129,7 @@ def solve(skew: Floats) -> Lottery:
         probs = probs + length * step
         value += length * rise
         probs /= probs.sum()
-        slack = np.maximum(value - _times(skew, probs), 1e-300)
+        slack = np.maximum(value - _times(skew, probs), 1e-20)
     support = np.flatnonzero(probs > slack)
     if (answer := _on_support(skew, support)) is not None:
         return Lottery(answer, True, support, answer, iteration)
@@ -133,6 +140,31 @@ def solve(skew: Floats) -> Lottery:
 def _times(skew: Floats, x: Floats) -> Floats:
     """M x by SciPy's BLAS, which factorises too: NumPy's has threads of its own, and the two pools fight for cores."""
     return blas.dgemv(1.0, skew.T, x, trans=1)
+
+
+def _guess(skew: Floats) -> Indices:
+    """Who an optimal basis plays: the simplex method on max sum x, (1 + M) x <= 1, x >= 0 for |M| <= 1/2.
+
+    Its answer is a guess: it gives up where ties make it circle. Source: Dantzig 1951.
+    """
+    n = len(skew)
+    table = np.ones((n + 1, n + 1))
+    table[:n, :n] += skew
+    table[n] = -1.0
+    table[n, n] = 0.0
+    basis, others = np.arange(n, 2 * n), np.arange(n)
+    for _ in range(4 * n):
+        j = int(np.argmin(table[n, :n]))
+        if table[n, j] >= 0:
+            break
+        column = table[:n, j]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            i = int(np.argmin(np.where(column > TIE, table[:n, n] / column, np.inf)))
+        pivot, column, row = table[i, j], table[:, j].copy(), table[i] / table[i, j]
+        table -= np.outer(column, row)
+        table[i], table[:, j], table[i, j] = row, -column / pivot, 1 / pivot
+        basis[i], others[j] = others[j], basis[i]
+    return np.sort(basis[(basis < n) & (table[:n, n] > 0)])
 
 
 def _direction(lu: Floats, pivots: Floats, rhs: Floats) -> tuple[Floats, float]:

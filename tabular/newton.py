@@ -63,8 +63,8 @@ class Dual(Protocol):
         """The policy at these coordinates. One product."""
         ...
 
-    def solve(self, point: Point, rhs: Floats) -> Floats:
-        """(I - M C / tau)^-1 rhs."""
+    def solve(self, point: Point, rhs: Floats, accuracy: float = 1e-2) -> Floats:
+        """(I - M C / tau)^-1 rhs, perhaps with an error of `accuracy` times the right-hand side."""
         ...
 
     def log_probs(self, point: Point) -> Floats:
@@ -134,7 +134,9 @@ def _correct(game: Dual, point: Point, wanted: Goal, patience: int) -> tuple[Poi
     taken = 0
     while not (point.gap <= wanted.gap and point.drift <= wanted.drift) and patience:
         taken += 1
-        direction = game.solve(point, point.residual)
+        # Newton squares the error anyway, and digits beyond the goal are not worth a product.
+        accuracy = max(sqrt(point.gap / point.tau), 0.1 * sqrt(wanted.gap / max(point.gap, wanted.gap)))
+        direction = game.solve(point, point.residual, min(1e-2, accuracy))
         for t in (1.0, 0.5, 0.25):
             new = game.at(point.dual + t * direction, point.tau)
             if new.gap <= max(wanted.gap, (1 - 0.1 * t) * point.gap):
@@ -162,7 +164,9 @@ class FullDual:
         self.product, self.log_mu, self.block, self.matrix = product, log_mu, block, matrix
         self.products = 0
         # What a factorisation costs, in products; below 64 responses it is the cheaper from the start.
-        self.patience = min(log_mu.size, 2000) if matrix is None else 0 if log_mu.size <= 64 else min(log_mu.size // 5, 300)
+        self.patience = (
+            min(log_mu.size, 2000) if matrix is None else 0 if log_mu.size <= 64 else min(log_mu.size // 5, 300)
+        )
 
     @property
     def size(self) -> int:
@@ -176,11 +180,10 @@ class FullDual:
         residual = reply - dual
         return Point(tau, dual, residual, gap, float(np.ptp(residual)), log_probs)
 
-    def solve(self, point: Point, rhs: Floats) -> Floats:
+    def solve(self, point: Point, rhs: Floats, accuracy: float = 1e-2) -> Floats:
         root = np.exp(0.5 * point.slope)
         b = root * (rhs - root @ (root * rhs))
         if self.patience:
-            accuracy = min(1e-2, sqrt(point.gap / point.tau))
             found = self._recurrence(root, b, point.tau, accuracy)
             if found is not None:
                 return rhs + found
@@ -265,9 +268,15 @@ class FactoredDual:
         mean, covariance = self._moments(dual)
         residual = self.symplectic @ mean / tau - dual
         drift = 2 * self.longest * float(np.linalg.norm(residual))
-        return Point(tau, dual, residual, 0.5 * tau * float(residual @ covariance @ residual), drift, covariance)
+        if drift > 0.1:
+            log_probs = log_normalised(self.log_mu + self.features @ dual)
+            kl = float(kl_rows(log_probs, log_normalised(log_probs + self.features @ residual)))
+            self.products += 2
+        else:  # a bound: the second cumulant, under a policy that differs by no more than the factor e^drift
+            kl = 0.5 * np.exp(drift) * max(0.0, float(residual @ covariance @ residual))
+        return Point(tau, dual, residual, tau * kl, drift, covariance)
 
-    def solve(self, point: Point, rhs: Floats) -> Floats:
+    def solve(self, point: Point, rhs: Floats, accuracy: float = 1e-2) -> Floats:
         return np.asarray(np.linalg.solve(np.eye(self.size) - self.symplectic @ point.slope / point.tau, rhs))
 
     def log_probs(self, point: Point) -> Floats:
