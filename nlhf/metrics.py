@@ -134,6 +134,67 @@ def reverse_kl_factor(s: Floats) -> Floats:
     return np.where(s > 1e-3, ratio, 1 + s / 2)
 
 
+def cramer(one: Any, other: Any) -> Any:
+    """(...) Cramér distance of return laws, (integral of (F - F')^2)^(1/2); signed measures of mass 1 are welcome.
+
+    Args:
+        one: a `tabular.Categorical` (..., m), or a `tabular.Quantile`.
+        other: the same or another kind, on the same or other atoms.
+
+    >>> from nlhf.tabular import Categorical
+    >>> float(cramer(Categorical([1.0, 0.0], [0.0, 1.0]), Categorical([0.5, 0.5], [0.0, 1.0])))
+    0.5
+    """
+    return np.sqrt(_integrate(one, other, lambda d: d * d))
+
+
+def wasserstein(one: Any, other: Any) -> Any:
+    """(...) W1, the integral of |F - F'|, which of signed measures of mass 1 is the l1 distance of their CDFs."""
+    if hasattr(one, "values") and hasattr(other, "values") and one.values.shape == other.values.shape:
+        return np.abs(one.values - other.values).mean(axis=-1)
+    return _integrate(one, other, np.abs)
+
+
+def kolmogorov(one: Any, other: Any) -> Any:
+    """(...) the largest |F - F'|."""
+    grid = _merged(one, other)
+    return np.abs(_cdf_at(one, grid) - _cdf_at(other, grid)).max(axis=-1)
+
+
+def wasserstein_inf(one: Any, other: Any) -> Any:
+    """(...) W_inf, the largest distance of two quantiles. Raises ValueError for laws that are not quantiles alike."""
+    if not (hasattr(one, "values") and hasattr(other, "values") and one.values.shape == other.values.shape):
+        raise ValueError(f"wasserstein_inf needs two Quantile laws of one shape, got {one} and {other}")
+    return np.abs(one.values - other.values).max(axis=-1)
+
+
+def _integrate(one: Any, other: Any, of: Any) -> Any:
+    grid = _merged(one, other)
+    d = of(_cdf_at(one, grid[..., :-1]) - _cdf_at(other, grid[..., :-1]))
+    return np.sum(d * np.diff(grid, axis=-1), axis=-1)
+
+
+def _merged(one: Any, other: Any) -> Floats:
+    """(..., K) all places where one of the CDFs jumps."""
+    if hasattr(one, "atoms") and hasattr(other, "atoms") and np.array_equal(one.atoms, other.atoms):
+        return one.atoms
+    places = [law.atoms if hasattr(law, "atoms") else law.values for law in (one, other)]
+    shape = np.broadcast_shapes(*(p.shape[:-1] for p in places))
+    return np.sort(np.concatenate([np.broadcast_to(p, (*shape, p.shape[-1])) for p in places], axis=-1), axis=-1)
+
+
+def _cdf_at(law: Any, points: Floats) -> Floats:
+    """(..., K) F at the points (K,) or (..., K)."""
+    if hasattr(law, "values"):
+        return np.mean(law.values[..., :, None] <= points[..., None, :], axis=-2)
+    steps = np.concatenate([np.zeros((*law.probs.shape[:-1], 1)), np.cumsum(law.probs, axis=-1)], axis=-1)
+    index = np.searchsorted(law.atoms, points, side="right")
+    shape = np.broadcast_shapes(steps.shape[:-1], index.shape[:-1])
+    return np.take_along_axis(
+        np.broadcast_to(steps, (*shape, steps.shape[-1])), np.broadcast_to(index, (*shape, index.shape[-1])), axis=-1
+    )
+
+
 class Estimate(NamedTuple):
     """A number with a bootstrap interval."""
 

@@ -85,7 +85,7 @@ def run(
     *,
     policy: Policy | None = None,
     reference: Policy | None = None,
-    metrics: Sequence[Metric] = (duality_gap,),
+    metrics: Sequence[Metric] | None = None,
     every: int = 1,
     seed: int = 0,
     progress: bool | None = None,
@@ -101,7 +101,8 @@ def run(
         reference: what tau pulls to; by default the reference of an `ExactSolver`'s game, and otherwise the policy. It
             must agree with `game.reference` where the game has one, for that is what the duality gap refers to.
         metrics: functions (policy, game, tau) -> number, or -> {name: number}, recorded by name next to the
-            solver's own `prox_residual` and `oracle_calls` (cumulative).
+            solver's own `prox_residual` and `oracle_calls` (cumulative). By default the duality gap of an algorithm
+            that has a tau, and nothing for one that evaluates returns.
         every: record every so many steps; the first and the last are always recorded.
         seed: >= 0. The randomness of step t depends on (seed, t) alone.
         progress: show a progress bar; by default on a terminal and not in a pipe.
@@ -120,6 +121,9 @@ def run(
     for name, value, least in (("steps", steps, 0), ("every", every, 1), ("seed", seed, 0)):
         check_count(name, value, least)
     steps, every, seed = int(steps), int(every), int(seed)
+    tau: Any = getattr(algorithm, "tau", None)
+    if metrics is None:
+        metrics = () if tau is None else (duality_gap,)
     names = [getattr(metric, "__name__", "<lambda>") for metric in metrics]
     if len(set(names)) < len(names) or "<lambda>" in names:
         raise ValueError(f"metrics must have distinct names of their own (__name__), got {names}")
@@ -131,7 +135,7 @@ def run(
     def record(t: int) -> None:
         measured: dict[str, float] = {}
         for metric in metrics:
-            value = metric(state.policy, solver.game, algorithm.tau)
+            value = metric(state.policy, solver.game, tau)
             measured |= value if isinstance(value, Mapping) else {metric.__name__: value}
         measured |= {"prox_residual": info.prox_residual, "oracle_calls": info.oracle_calls}
         for name, value in measured.items():

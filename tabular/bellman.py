@@ -1,0 +1,162 @@
+"""The distributional Bellman operator on a grid of atoms, in CDF coordinates, where it is affine.
+
+A return table is F (S, A, m - 1), F[s, a, i] = P(G(s, a) <= z_i), the last value of a CDF being 1. Push an atom z_j
+through r + gamma z, share its mass between its neighbours: mass up to z_i then is G_i(r + gamma z_j), with
+G_i(z) = clip((z_{i+1} - z) / stride, 0, 1), and Abel summation gives
+
+    (T F)(s, a) = D_{s,a} sum_{s',a'} P(s' | s, a) pi(a' | s') F(s', a') + c_{s,a}
+    D_{s,a}[i, j] = E[G_i(R + gamma z_j) - G_i(R + gamma z_{j+1})],   c_{s,a}[i] = E[G_i(R + gamma z_m)]
+
+D is non-negative with column sums gamma and at most two entries to a column and reward: T contracts W1 by gamma and
+Cramér's distance by sqrt(gamma).
+
+Source: Rowland, Wenliang, Munos, Lyle, Tang and Dabney 2024, arXiv:2402.07598 (the CDF operator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import ArrayLike
+
+from nlhf.schedules import check_count
+from nlhf.tabular.mdp import MDP
+from nlhf.tabular.policy import Floats
+from nlhf.tabular.returns import check_atoms
+
+sparse: Any = scipy.sparse  # whose stubs know fewer arguments than it takes
+
+
+def return_range(mdp: MDP) -> tuple[float, float]:
+    """The smallest and the largest return that the rewards allow."""
+    low, high = mdp.reward_range
+    return low / (1 - mdp.gamma), high / (1 - mdp.gamma)
+
+
+def grid(mdp: MDP, atoms: int | ArrayLike, clip: bool = False) -> Floats:
+    """(m,) atoms: so many from the smallest to the largest return, or those given, which must hold every return.
+
+    Raises ValueError if R + gamma z can leave a grid that is given, unless `clip`.
+    """
+    low, high = return_range(mdp)
+    if np.ndim(atoms) == 0:
+        check_count("atoms", atoms, 2)
+        m = int(np.asarray(atoms))
+        if high == low:  # certain returns: any stride will do
+            low, high = low - 0.5, high + 0.5
+        return check_atoms(low + (high - low) * np.arange(m) / (m - 1))
+    z, slack = check_atoms(atoms), 1e-9 * max(1.0, abs(low), abs(high))
+    least, most = mdp.reward_range
+    reached = least + mdp.gamma * z[0], most + mdp.gamma * z[-1]
+    if not clip and (reached[0] < z[0] - slack or reached[1] > z[-1] + slack):
+        raise ValueError(
+            f"atoms must hold R + gamma z for every reward and atom: from {reached[0]:.6g} to {reached[1]:.6g}, "
+            f"got {z[0]:.6g} to {z[-1]:.6g}; pass clip=True to let mass pile up at the ends"
+        )
+    return z
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """D and c: what a reward and a discount do to CDFs on the grid, for every state and action.
+
+    Args:
+        mdp: the decision process.
+        atoms: (m,) the grid.
+    """
+
+    mdp: MDP
+    atoms: Floats
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S A, m - 1)."""
+        return self.mdp.n_states * self.mdp.n_actions, self.atoms.size - 1
+
+    @cached_property
+    def _landed(self) -> tuple[Floats, Floats]:
+        """(S A, K, m) where r + gamma z_j lands, in strides, and (S A, K) with which probability."""
+        n, m = self.shape[0], self.atoms.size
+        r, q = (x.reshape(n, -1) for x in (self.mdp.rewards, self.mdp.reward_probs))
+        z, stride = self.atoms, self.atoms[1] - self.atoms[0]
+        return np.clip((r[..., None] + self.mdp.gamma * z - z[0]) / stride, 0, m - 1), q
+
+    @cached_property
+    def matrix(self) -> Any:
+        """(S A (m - 1), S A (m - 1)) D, block-diagonal and sparse."""
+        n, cells = self.shape
+        t, q = self._landed
+        first = np.minimum(np.floor(t[..., :-1]).astype(np.int64), cells)  # i = m - 1 is the coordinate left out
+        left = np.clip(first + 1 - t[..., :-1], 0, 1) - np.clip(first + 1 - t[..., 1:], 0, 1)
+        right = 1 - np.clip(first + 2 - t[..., 1:], 0, 1)
+        base = np.arange(n)[:, None, None] * cells
+        columns = np.broadcast_to(base + np.arange(cells), first.shape)
+        parts = []
+        for at, weight in ((first, left), (first + 1, right)):
+            kept = (at < cells) & (weight * q[..., None] > 0)
+            parts.append(((weight * q[..., None])[kept], (base + at)[kept], columns[kept]))
+        data, row, column = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return sparse.csr_array((data, (row, column)), shape=(n * cells, n * cells))
+
+    @cached_property
+    def constant(self) -> Floats:
+        """(S A, m - 1) c."""
+        t, q = self._landed
+        cells = self.shape[1]
+        return np.sum(q[..., None] * np.clip(np.arange(1, cells + 1) - t[..., -1:], 0, 1), axis=1)
+
+    def __call__(self, cdf: Floats) -> Floats:
+        """D applied to tables (S A, m - 1)."""
+        return (self.matrix @ cdf.ravel()).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """F -> D P (w F), the linear part of the Bellman operator of w (S, A): a policy, or traces times a policy.
+
+    `constant` is what makes it affine where w is a policy.
+    """
+
+    shift: Shift
+    weights: Floats
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S A, m - 1)."""
+        return self.shift.shape
+
+    @property
+    def constant(self) -> Floats:
+        """(S A, m - 1) c, of the affine operator of a policy."""
+        return self.shift.constant
+
+    @cached_property
+    def kept(self) -> Floats:
+        """(S A,) the total weight of what follows: 1 for a policy."""
+        return self.shift.mdp.expect(self.weights.sum(axis=1)).ravel()
+
+    def __call__(self, cdf: Floats) -> Floats:
+        """(S A, m - 1)."""
+        states, actions = self.weights.shape
+        mixed = cdf.reshape(states, -1) if actions == 1 else self.weights[:, None, :] @ cdf.reshape(states, actions, -1)
+        if actions == 1:
+            mixed = self.weights * mixed
+        return self.shift(np.asarray(self.shift.mdp.transitions @ mixed.reshape(states, -1)))
+
+    @property
+    def stride(self) -> float:
+        """The distance between two atoms."""
+        return float(self.shift.atoms[1] - self.shift.atoms[0])
+
+    def cramer(self, difference: Floats) -> float:
+        """The largest Cramér norm of a row (S A, m - 1)."""
+        return float(np.sqrt(self.stride * np.square(difference).sum(axis=1).max()))
+
+    def explicit(self) -> Any:
+        """(S A (m - 1), S A (m - 1)) the same as one sparse matrix."""
+        chain = sparse.csr_array(self.shift.mdp.pairs(self.weights))
+        return sparse.csr_array(self.shift.matrix @ sparse.kron(chain, sparse.eye_array(self.shape[1]), format="csr"))
