@@ -73,10 +73,15 @@ class Evaluation:
     def modulus(self, gamma: float, p: float = 2.0) -> float:
         """The factor by which an iteration shrinks sup_{s,a} l_p of CDFs (p = 1: W1, p = 2: Cramér), if below 1.
 
-        gamma^(1/p) max_s sum_a |pi - c mu| / (1 - gamma^(1/p) max_s sum_a |c mu|)
+        gamma^(1/p) max_s sum_a |pi - c mu| / (1 - gamma^(1/p) max_s sum_a c mu)
+
+        With c mu <= pi everywhere iterates stay laws, and the smallest sum_a c mu may stand for the largest.
         """
         g, weights = gamma ** (1 / p), self.trace * self.behaviour_or_target
-        kept = float(abs(weights).sum(-1).max())
+        if (weights <= self.target).all():
+            least = float(weights.sum(-1).min())
+            return g * (1 - least) / (1 - g * least)
+        kept = float(weights.sum(-1).max())
         return g * float(abs(self.target - weights).sum(-1).max()) / (1 - g * kept) if g * kept < 1 else float("inf")
 
 

@@ -66,7 +66,7 @@ def paths(taus: Any, probs: Any, labels: Sequence[str] | None = None, ax: Axes |
     least = taus[taus > 0].min() if (taus > 0).any() else 1.0
     x = np.where(taus > 0, taus, least / 3)
     largest = np.argsort(-np.max(probs, axis=0), kind="stable")
-    names = labels or [f"{i}" for i in range(np.shape(probs)[1])]
+    names = [f"{i}" for i in range(np.shape(probs)[1])] if labels is None else list(labels)
     for i in largest[named:]:
         ax.plot(x, probs[:, i], color="0.75", linewidth=0.6, zorder=1)
     marks = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5, "linewidth": 1.4}
@@ -87,7 +87,8 @@ def paths(taus: Any, probs: Any, labels: Sequence[str] | None = None, ax: Axes |
 
 
 def shortened(name: str, length: int = 28) -> str:
-    """The name, its middle left out where it is long."""
+    """The name, its middle left out where it is long, and without mathematics."""
+    name = name.replace("$", r"\$")
     return name if len(name) <= length else f"{name[: length // 2]}...{name[-(length // 2 - 3) :]}"
 
 

@@ -80,14 +80,14 @@ class Standings:
             columns: dict[str, Any] = {"prompt": x} if game.matrix.ndim == 3 else {}
             columns |= {"item": self.labels, "bt_rank": rank, "bt_score": self.scores, "win_rate": against[x]}
             for i, equilibrium in enumerate(self.path.equilibria):
-                tau = f"{equilibrium.tau:g}"
+                tau = plain(equilibrium.tau)
                 columns[f"tau={tau}"] = np.atleast_2d(equilibrium.policy.probs)[x]
                 if self.intervals is not None:
                     interval = self.intervals[i]
                     columns[f"low({tau})"] = np.atleast_2d(interval.low)[x]
                     columns[f"high({tau})"] = np.atleast_2d(interval.high)[x]
                     columns[f"played({tau})"] = np.atleast_2d(interval.played)[x]
-            last = f"tau={self.path.taus[-1]:g}"
+            last = f"tau={plain(self.path.taus[-1])}"
             frames.append(pd.DataFrame(columns).sort_values([last, "bt_score"], ascending=False, kind="stable"))
         frame = pd.concat(frames, ignore_index=True)
         frame["bt_rank"] = frame.bt_rank.where(np.isfinite(frame.bt_score)).astype("Int64")
@@ -131,7 +131,7 @@ class Standings:
     def rows(self) -> str:
         """The table to print: of each prompt the items with the largest probabilities at any tau."""
         most = 15 if self.game.matrix.ndim == 2 else 6
-        shown, taus = self.frame, [f"{tau:g}" for tau in self.path.taus]
+        shown, taus = self.frame, [plain(tau) for tau in self.path.taus]
         shown["largest"] = shown[[f"tau={tau}" for tau in taus]].max(axis=1)
         prompt = shown["prompt"] if "prompt" in shown else np.zeros(len(shown))
         shown = shown[shown.groupby(prompt).largest.rank(ascending=False, method="first") <= most]
@@ -160,14 +160,14 @@ class Standings:
             "averaged over prompts" if contextual else "from the reference to the maximal lottery", fontsize=10
         )
 
-        tau = f"tau = {self.path.taus[0]:g}"
+        tau = f"tau = {plain(self.path.taus[0])}"
         if contextual:
             series: dict[str, tuple[int, Any]] = {
                 f"prompt {x} ({w:.0%})": (0, x) for x, w in enumerate(self.game.prompt_weights)
             }
             title = f"equilibrium at {tau}, prompt by prompt"
         else:
-            series = {f"tau = {tau:g}": (t, ...) for t, tau in enumerate(self.path.taus)}
+            series = {f"tau = {plain(tau)}": (t, ...) for t, tau in enumerate(self.path.taus)}
             title = "at the taus asked for"
         top = np.argsort(-self._averaged(self.path.probs).max(axis=0), kind="stable")[:12]
         order = top[np.argsort(-np.nan_to_num(self.scores[top]), kind="stable")]
@@ -200,11 +200,11 @@ class Standings:
 
     def save(self, out: Path) -> list[Path]:
         """Write standings.csv, certificates.csv and the figure into the folder `out`."""
+        figure, contents = self.figure(), {"standings.csv": self.frame, "certificates.csv": self.certificates}
         out.mkdir(parents=True, exist_ok=True)
-        contents = {"standings.csv": self.frame, "certificates.csv": self.certificates}
         for name, frame in contents.items():
             write_atomically(out / name, frame.to_csv(index=False).encode())
-        return [*(out / name for name in contents), *plotting.save(self.figure(), out / "standings")]
+        return [*(out / name for name in contents), *plotting.save(figure, out / "standings")]
 
 
 def standings(
@@ -236,3 +236,8 @@ def clustered(scores: Any, count: int, seed: int) -> Any:
     _, member = kmeans2(scores, count, minit="++", rng=np.random.default_rng(seed))
     _, compact = np.unique(member, return_inverse=True)
     return compact
+
+
+def plain(tau: float) -> str:
+    """tau in full, without an exponent: a name that no other tau shares."""
+    return np.format_float_positional(tau, trim="-")

@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from nlhf.metrics import kl_rows, reverse_kl_factor
 from nlhf.schedules import check_count, check_tau, is_number
 from nlhf.tabular import interior_point
-from nlhf.tabular.games import MatrixGame
+from nlhf.tabular.games import MatrixGame, times
 from nlhf.tabular.newton import Dual, FactoredDual, FullDual, follow, goal
 from nlhf.tabular.operators import LowRankGame, TabularGame
 from nlhf.tabular.policy import Floats, Tabular
@@ -30,7 +30,8 @@ class Equilibrium:
     """Two-player duality gap of (pi, pi), 2 tau KL(pi, BR(pi)): twice `metrics.duality_gap`. For tau = 0 twice the
     exploitability max_y P(y > pi) - 1/2. No term of the sum is negative: it resolves 1e-30."""
     kl_bound: Floats
-    """KL(pi*, pi) and KL(pi, pi*) are proved to be at most this; inf for tau = 0, where pi* need not be unique."""
+    """KL(pi*, pi) and KL(pi, pi*) are proved to be at most this, up to rounding in its own computation; inf for
+    tau = 0, where pi* need not be unique."""
     unique: NDArray[np.bool_]
     """Whether there is no other equilibrium: always for tau > 0; for tau = 0 if that is proved, up to rounding."""
     prompt_weights: Floats
@@ -56,7 +57,7 @@ def regularized_nash(game: TabularGame, tau: float, tol: float = 0.0) -> Equilib
 
     Args:
         game: one game or one per prompt, a matrix or an operator.
-        tau: KL strength > 0.
+        tau: KL strength > 0; below 1e-8 or so rounding errors, 1e-16 / tau in log pi, leave less and less of it.
         tol: stop as soon as the gap is proved to be at most this; 0 goes on until rounding errors are all that is left.
 
     Raises ValueError if tau is not a positive number or tol a negative one; ArithmeticError if Newton is stuck.
@@ -68,7 +69,7 @@ def regularized_nash(game: TabularGame, tau: float, tol: float = 0.0) -> Equilib
 
     Source: the fixed point is that of Munos et al. 2024, arXiv:2312.00886, section 4; the method is in the module.
     """
-    check_tau(tau, positive=True)
+    tau = float(check_tau(tau, positive=True))
     if not is_number(tol) or tol < 0:
         raise ValueError(f"tol must be a finite number >= 0, got {tol!r}")
     log_probs, steps, solved = _solved_together(game, tau, tol / 2)
@@ -104,9 +105,7 @@ def nash(game: TabularGame) -> Equilibrium:
     """
     found = [interior_point.generate_columns(one.product, one.block, one.n) for one in _prompts(game)]
     probs = [
-        lottery.probs
-        if lottery.unique or lottery.interior is None
-        else interior_point.nearest_to(one.log_mu, one.columns(lottery.support), lottery)
+        lottery.probs if lottery.unique else _closest(one, lottery)
         for one, lottery in zip(_prompts(game), found, strict=True)
     ]
     with np.errstate(divide="ignore"):
@@ -152,7 +151,7 @@ def equilibrium_path(game: TabularGame, taus: Sequence[float]) -> EquilibriumPat
     >>> path.taus, path.probs.round(3)[:, 0]
     (array([10. ,  0.1,  0. ]), array([0.502, 0.375, 0.333]))
     """
-    levels = sorted({float(check_tau(tau)) for tau in taus}, reverse=True)
+    levels = sorted({float(check_tau(tau)) for tau in np.atleast_1d(taus).tolist()}, reverse=True)
     if not levels:
         raise ValueError("taus must hold at least one number, got none")
     found: list[list[tuple[Floats, int, int]]] = [[] for _ in levels]
@@ -209,14 +208,16 @@ def equilibrium_interval(
     check_count("draws", draws, 2)
     if not (is_number(level) and 0 < level < 1):
         raise ValueError(f"level must be in (0, 1), got {level!r}")
-    if game.evidence is None:
+    check_count("seed", seed, 0)
+    evidence = getattr(game, "evidence", None)
+    if evidence is None:
         raise ValueError(
             "game must be estimated from data, by from_comparisons or from_scores; this one has no evidence"
         )
     rng, shape, probs = np.random.default_rng(seed), game.matrix.shape, []
     at_once = max(1, 4_000_000 // game.matrix.size)
     for done in range(0, draws, at_once):
-        matrices = game.evidence.draw(rng, min(at_once, draws - done))
+        matrices = evidence.draw(rng, min(at_once, draws - done))
         reference = np.broadcast_to(game.reference.log_probs, matrices.shape[:-1]).reshape(-1, game.n)
         drawn = MatrixGame(matrices.reshape(-1, game.n, game.n), Tabular(reference))
         found = regularized_nash(drawn, tau) if tau else nash(drawn)
@@ -251,14 +252,14 @@ class _Prompt:
 
     def product(self, q: Floats) -> Floats:
         """M q, exact to rounding."""
-        if (matrix := self.matrix) is None or matrix.dtype != np.float64:
-            return self.game.versus(q) - 0.5 * q.sum()
-        return matrix @ q - 0.5 * q.sum()
+        against = self.game.versus(q) if self.matrix is None else times(self.matrix, q)
+        return against - 0.5 * q.sum()
 
     def block(self, rows: NDArray[np.intp]) -> Floats:
         """M[rows, rows]."""
         if (matrix := self.matrix) is not None:
-            return (matrix if rows.size == self.n else matrix[np.ix_(rows, rows)]) - np.float64(0.5)
+            some = matrix if rows.size == self.n else matrix[np.ix_(rows, rows)]
+            return 0.5 * some - 0.5 * some.T.astype(np.float64)  # skew to the last bit, which P - 1/2 need not be
         return self.game.win_prob([self.x], rows[None], rows[None])[0] - 0.5
 
     def columns(self, columns: NDArray[np.intp]) -> Floats:
@@ -270,6 +271,20 @@ class _Prompt:
         if isinstance(self.game, LowRankGame):
             return FactoredDual(self.game.features, self.game.symplectic, self.log_mu)
         return FullDual(self.product, self.log_mu, self.block, self.matrix)
+
+
+def _closest(one: _Prompt, lottery: interior_point.Lottery) -> Floats:
+    """Of several equilibria the closest to the reference; the one at hand where looking for it does not succeed."""
+    if lottery.support.size > interior_point.MANY:
+        return lottery.probs
+    dual, tau = one.dual(), 1e-5
+    try:
+        near, columns = dual.log_probs(follow(dual, tau, 0.0)[0]), one.columns(lottery.support)
+        probs = interior_point.nearest_to(columns, lottery.support, near, tau)
+    except (ArithmeticError, np.linalg.LinAlgError):
+        return lottery.probs
+    exploited = float((columns @ probs[lottery.support]).max())
+    return probs if exploited <= max(1e-13, float(one.product(lottery.probs).max())) else lottery.probs
 
 
 def _prompts(game: TabularGame) -> list[_Prompt]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy.special import expit
 
-from nlhf.schedules import check_count
+from nlhf.schedules import check_count, is_number
 from nlhf.tabular import tables
 from nlhf.tabular.evidence import Counts, Evidence, Outcomes
 from nlhf.tabular.policy import Floats, Tabular
@@ -50,6 +50,8 @@ class MatrixGame:
     ) -> None:
         if np.dtype(dtype) not in (np.float64, np.float32):
             raise ValueError(f"dtype must be float64 or float32, got {dtype!r}")
+        if np.iscomplexobj(win_prob):
+            raise ValueError("win_prob must hold real numbers, got complex ones")
         try:
             matrix = np.array(win_prob, dtype=dtype)
         except (TypeError, ValueError) as error:
@@ -81,11 +83,7 @@ class MatrixGame:
 
     def versus(self, probs: Floats) -> Floats:
         """(n,) or (X, n): P(y > pi | x) for all y, given pi(z | x) of the same shape. One product with the matrix."""
-        if self.matrix.dtype == np.float64:
-            return np.matvec(self.matrix, probs)
-        rows = max(1, 262_144 // self.n)  # a block of the matrix in float64 stays in the cache
-        blocks = (self.matrix[..., at : at + rows, :].astype(np.float64) for at in range(0, self.n, rows))
-        return np.concatenate([np.matvec(block, probs) for block in blocks], axis=-1)
+        return times(self.matrix, probs)
 
     def win_prob(self, x: Any, y: Any, z: Any) -> Floats:
         """(B, n, m) P(y > z | x): x (B,) prompts, y (B, n) and z (B, m) responses; `...` is all of them."""
@@ -214,6 +212,8 @@ class MatrixGame:
         >>> MatrixGame.from_scores([[3, 1], [2, 2], [0, 9], [7, 5]]).matrix[0]
         array([0.5  , 0.625])
         """
+        if groups is not None and "prompt_weights" in kwargs:
+            raise ValueError("prompt_weights must be left out where groups are given: they are the groups' shares")
         if isinstance(scores, (str, PathLike)):
             kwargs["labels"], values = tables.read_scores(scores)
         else:
@@ -255,7 +255,7 @@ class MatrixGame:
         >>> game.labels, game.matrix[0]
         (('a', 'b'), array([0.5 , 0.75]))
         """
-        if not (np.isfinite(prior) and prior >= 0):
+        if not is_number(prior) or prior < 0:
             raise ValueError(f"prior must be a finite number >= 0, got {prior!r}")
         if isinstance(comparisons, (str, PathLike)):
             judged = tables.read_comparisons(comparisons)
@@ -279,6 +279,16 @@ class MatrixGame:
         game = cls(evidence.mean, labels=labels, **kwargs)
         game.evidence = evidence
         return game
+
+
+def times(matrix: Floats, probs: Floats) -> Floats:
+    """matrix @ probs over the last axes, summed in float64 whatever the matrix is stored in."""
+    if matrix.dtype == np.float64:
+        return np.matvec(matrix, probs)
+    n = matrix.shape[-1]
+    rows = max(1, 262_144 // n)  # a block of the matrix in float64 stays in the cache
+    blocks = (matrix[..., at : at + rows, :].astype(np.float64) for at in range(0, n, rows))
+    return np.concatenate([np.matvec(block, probs) for block in blocks], axis=-1)
 
 
 def _check_matrix(matrix: Floats) -> None:

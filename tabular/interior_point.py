@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import blas, lapack, null_space
+from scipy.linalg import blas, lapack
 
 from nlhf.tabular.policy import Floats
 
@@ -38,9 +38,7 @@ class Lottery:
     probs: Floats
     unique: bool
     support: Indices
-    """The responses that some equilibrium plays: those of `probs`, if it is unique."""
-    interior: Floats | None
-    """An equilibrium that plays all of them; None where that was not looked for."""
+    """The responses that some equilibrium plays: those of `probs`, if it is unique. Not all, if there are MANY."""
     iterations: int
     products: int = 0
 
@@ -73,22 +71,15 @@ def generate_columns(product: Callable[[Floats], Floats], block: Callable[[Indic
         if working.size > 0.35 * n and n <= 20_000:
             working = np.arange(n)
     if working.size == n:
-        return Lottery(probs, found.unique, found.support, found.interior, iterations, products)
+        return Lottery(probs, found.unique, found.support, iterations, products)
     # Another equilibrium can only play what does as well against this one as the equilibrium itself.
     tied = np.flatnonzero(payoff >= -TIE * scale)
     if tied.size > MANY:
-        return Lottery(probs, False, working[found.support], None, iterations, products)
+        return Lottery(probs, False, working[found.support], iterations, products)
     everyone = found if tied.size == found.support.size and found.unique else solve(block(tied))
     if everyone is found:
-        return Lottery(probs, True, tied, probs, iterations, products)
-    interior = np.zeros(n)
-    interior[tied] = everyone.probs
-    # Those who are not tied need not lose to it: stay close enough to the first equilibrium, to which they all do.
-    short, long = np.delete(payoff, tied), np.delete(product(interior), tied)
-    risen = long > short
-    share = min(1.0, 0.5 * float(np.min(-short[risen] / (long - short)[risen]))) if risen.any() else 1.0
-    interior = share * interior + (1 - share) * probs
-    return Lottery(probs, everyone.unique, tied[everyone.support], interior, iterations, products + 1)
+        return Lottery(probs, True, tied, iterations, products)
+    return Lottery(probs, everyone.unique, tied[everyone.support], iterations, products)
 
 
 def solve(skew: Floats) -> Lottery:
@@ -97,12 +88,12 @@ def solve(skew: Floats) -> Lottery:
     scale = float(np.abs(skew).max())
     if scale == 0:
         uniform = np.full(n, 1 / n)
-        return Lottery(uniform, n == 1, np.arange(n), uniform, 0)
+        return Lottery(uniform, n == 1, np.arange(n), 0)
     skew = skew / scale
     if n <= SMALL:
         support = _guess(0.5 * skew)
         if (answer := _on_support(skew, support)) is not None:
-            return Lottery(answer, True, support, answer, 0)
+            return Lottery(answer, True, support, 0)
     probs = np.full(n, 1 / n)
     value = 2 * float(np.abs(_times(skew, probs)).max()) + 1e-3
     slack = value - _times(skew, probs)
@@ -112,12 +103,15 @@ def solve(skew: Floats) -> Lottery:
         centre, last = float(probs @ slack) / n, centre
         guess, before = probs > slack, guess
         if (guess == before).all() and (answer := _on_support(skew, np.flatnonzero(guess))) is not None:
-            return Lottery(answer, True, np.flatnonzero(guess), answer, iteration)
+            return Lottery(answer, True, np.flatnonzero(guess), iteration)
         if centre < 1e-17 or 0.9 * last < centre < 1e-12:
             break
         system = np.negative(skew)
         system.flat[:: n + 1] += slack / probs
-        lu, pivots, _ = lapack.dgetrf(system.T, overwrite_a=1)  # C order is the transpose: nothing is copied
+        # C order is the transpose: nothing is copied
+        lu, pivots, singular = lapack.dgetrf(system.T, overwrite_a=1)
+        if singular:
+            break
         step, rise = _direction(lu, pivots, -slack)
         fall = rise - _times(skew, step)
         length = min(1.0, _reach(probs, step), _reach(slack, fall))
@@ -132,9 +126,9 @@ def solve(skew: Floats) -> Lottery:
         slack = np.maximum(value - _times(skew, probs), 1e-20)
     support = np.flatnonzero(probs > slack)
     if (answer := _on_support(skew, support)) is not None:
-        return Lottery(answer, True, support, answer, iteration)
+        return Lottery(answer, True, support, iteration)
     probs = _nearest(skew, support, probs)
-    return Lottery(probs, False, support, probs, iteration)
+    return Lottery(probs, False, support, iteration)
 
 
 def _times(skew: Floats, x: Floats) -> Floats:
@@ -217,46 +211,34 @@ def _nearest(skew: Floats, support: Indices, probs: Floats) -> Floats:
     correction = np.linalg.lstsq(system, error, rcond=TIE)[0]
     closest = np.zeros_like(probs)
     closest[support] = probs[support] + correction
-    return closest if (closest >= 0).all() else probs
+    no_worse = _times(skew, closest).max() <= max(_times(skew, probs).max(), 1e-15)
+    return closest if (closest >= 0).all() and no_worse else probs
 
 
-def nearest_to(log_mu: Floats, skew_columns: Floats, lottery: Lottery) -> Floats:
-    """Of several equilibria the one with the least KL(pi, mu): the limit of the regularised one as tau falls to 0.
+def nearest_to(columns: Floats, support: Indices, log_probs: Floats, tau: float) -> Floats:
+    """Of several equilibria the one with the least KL(pi, mu), from the regularised one at a small tau.
 
-    min sum pi log(pi / mu) over pi on the support with M pi = 0 there and M pi <= 0 elsewhere, by Newton in the
-    coordinates of the null space with a logarithmic barrier for the inequalities.
+    By Lagrange pi ∝ mu exp(M lambda) on the support, with lambda >= 0 for those off it who just do not gain. That is
+    the form of the regularised equilibrium, lambda = pi_tau / tau: Newton on M pi = 0 from there keeps it.
 
     Args:
-        log_mu: (n,) the reference.
-        skew_columns: (n, k) M[:, support].
-        lottery: as `solve` found it.
+        columns: (n, k) M[:, support].
+        support: (k,) who plays in some equilibrium.
+        log_probs: (n,) of the regularised equilibrium at tau.
+        tau: small.
     """
-    assert lottery.interior is not None
-    support, mu = lottery.support, log_mu[lottery.support]
-    x = lottery.interior[support]
-    inside = skew_columns[support]
-    free = null_space(np.concatenate([inside, np.ones((1, support.size))]), rcond=TIE)
-    outside = np.delete(skew_columns, support, axis=0)
-    down = -outside @ free  # how the slacks move
-    slack = -outside @ x
-
-    def objective(x: Floats, slack: Floats, weight: float) -> float:
-        return float(x @ (np.log(x) - mu) - weight * np.log(slack).sum())
-
-    for weight in np.geomspace(1e-1, 1e-12, 12):  # the answer is off by about the last one
-        for _ in range(50):
-            gradient = free.T @ (np.log(x) - mu) - weight * (down.T @ (1 / slack))
-            hessian = (free.T / x) @ free + weight * ((down.T / slack**2) @ down)
-            direction = np.linalg.solve(hessian, -gradient)
-            decrease = float(-gradient @ direction)
-            if not decrease > 1e-22:
-                break
-            move, slide = free @ direction, down @ direction
-            now = objective(x, slack, weight)
-            t = min(1.0, 0.99 * min(_reach(x, move), _reach(slack, slide)))
-            while t > 1e-12 and objective(x + t * move, slack + t * slide, weight) > now + 1e-15 * abs(now):
-                t /= 2
-            x, slack = x + t * move, slack + t * slide
-    probs = np.zeros_like(log_mu)
-    probs[support] = x
-    return probs
+    held = log_probs > np.log(1e-6 * tau)
+    held[support] = True
+    rows, z, before = columns[held], log_probs[support], np.inf
+    while True:
+        pi = np.exp(z - z.max())
+        pi /= pi.sum()
+        gain = rows @ pi
+        error = float(np.abs(gain).max())
+        if error <= 1e-16 or error > 0.5 * before:
+            break
+        centred, before = rows - gain[:, None], error
+        z = z - np.linalg.lstsq((centred * pi) @ centred.T, gain, rcond=1e-13)[0] @ rows
+    found = np.zeros_like(log_probs)
+    found[support] = pi
+    return found

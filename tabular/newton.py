@@ -93,7 +93,7 @@ def follow(game: Dual, tau: float, tol: float, start: Point | None = None) -> tu
             wanted = goal(tau, tol) if level == tau else _on_the_way(level)
             point, steps = _correct(game, game.at(start.dual + log(level / start.tau) * tangent, level), wanted, 8)
             taken += steps
-            if point.gap <= wanted.floor:
+            if point.gap <= wanted.floor and (level == tau or point.drift <= 1):  # else the tangent leads astray
                 break
             factor = sqrt(factor)
             if factor > 1 - 1e-6:
@@ -135,19 +135,25 @@ def _correct(game: Dual, point: Point, wanted: Goal, patience: int) -> tuple[Poi
     while not (point.gap <= wanted.gap and point.drift <= wanted.drift) and patience:
         taken += 1
         # Newton squares the error anyway, and digits beyond the goal are not worth a product.
-        accuracy = max(sqrt(point.gap / point.tau), 0.1 * sqrt(wanted.gap / max(point.gap, wanted.gap)))
-        direction = game.solve(point, point.residual, min(1e-2, accuracy))
-        for t in (1.0, 0.5, 0.25):
-            new = game.at(point.dual + t * direction, point.tau)
-            if new.gap <= max(wanted.gap, (1 - 0.1 * t) * point.gap):
-                break
-        else:
+        enough = max(sqrt(point.gap / point.tau), 0.1 * sqrt(wanted.gap / max(point.gap, wanted.gap)))
+        new = _step(game, point, wanted, min(1e-2, 0.3 * point.tau, enough)) or _step(game, point, wanted, 1e-9)
+        if new is None:
             break
         if point.gap <= wanted.gap and new.drift > 0.1 * point.drift:
             break
         patience -= new.gap > 0.01 * point.gap
         point = new
     return point, taken
+
+
+def _step(game: Dual, point: Point, wanted: Goal, accuracy: float) -> Point | None:
+    """A Newton step, halved until it lowers the gap; None if it does not."""
+    direction = game.solve(point, point.residual, accuracy)
+    for t in (1.0, 0.5, 0.25):
+        new = game.at(point.dual + t * direction, point.tau)
+        if new.gap <= max(wanted.gap, (1 - 0.1 * t) * point.gap):
+            return new
+    return None
 
 
 class FullDual:

@@ -31,6 +31,8 @@ class OperatorGame:
         shape = tuple(getattr(skew, "shape", ()))
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
             raise ValueError(f"skew must be a square operator with `shape` and `@`, got shape {shape}")
+        if np.issubdtype(getattr(skew, "dtype", np.float64), np.complexfloating):
+            raise ValueError("skew must be real, got a complex operator")
         self.skew = skew
         self.n = int(shape[0])
         self.reference = reference_policy(reference, (self.n,))

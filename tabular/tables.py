@@ -29,7 +29,15 @@ def kind(path: Path) -> str:
     (_, header), *rows = _read_csv(path)
     if {"item_a", "item_b", "winner"} <= set(header):
         return "comparisons"
-    return "matrix" if {row[0] for _, row in rows} & set(header[1:]) else "scores"
+    names, columns = {row[0] for _, row in rows}, set(header[1:])
+    if names == columns:
+        return "matrix"
+    if shared := names & columns:
+        raise ValueError(
+            f"{path}: rows and columns share {sorted(shared)[0]!r} but not all names: "
+            "a matrix of win probabilities has the same names in both, a table of scores has none in common"
+        )
+    return "scores"
 
 
 def read_matrix(path: Path) -> tuple[list[str], Floats]:
@@ -62,12 +70,18 @@ def read_distribution(path: Path, names: Sequence[str] | None) -> Floats:
         found[row[0]] = _number(row[1], path, line, probability=True)
     if missing := [name for name in names or () if name not in found]:
         raise ValueError(f"{path}: expected a probability for every item, none for {missing[0]!r}")
+    if not abs(sum(found.values()) - 1) <= 1e-9:
+        raise ValueError(f"{path}: probabilities must sum to 1, got {sum(found.values()):.10g}")
     return np.array([found[name] for name in names or ()])
 
 
 def _read_table(path: Path, probabilities: bool) -> tuple[list[str], list[str], Floats]:
     (first, header), *rows = _read_csv(path)
     header = header[1:]
+    if not header:
+        raise ValueError(f"{path}, line {first}: expected names separated by commas, got one column")
+    if "" in header:
+        raise ValueError(f"{path}, line {first}: names must not be empty")
     if len(set(header)) != len(header):
         raise ValueError(f"{path}, line {first}: names must be distinct, got {_repeated(header)!r} twice")
     names, values = [], []
@@ -101,6 +115,8 @@ def comparison(row: Sequence[Any], where: str) -> Comparison:
     item_a, item_b, winner = map(str, row[:3])
     if "tie" in (item_a, item_b):
         raise ValueError(f"{where}: an item must not be called 'tie', which is how a tie is written")
+    if "" in (item_a, item_b):
+        raise ValueError(f"{where}: names must not be empty")
     if item_a == item_b:
         raise ValueError(f"{where}: item_a and item_b must differ, got {item_a!r} twice")
     if winner not in (item_a, item_b, "tie"):
