@@ -194,6 +194,27 @@ def test_never_a_failure(kind: str, spread: str) -> None:
             assert np.isfinite(found.kl_bound)
 
 
+def test_cases_that_were_once_stuck() -> None:
+    """A recurrence that was stopped too early, and tangents taken off the path."""
+    skew = np.zeros((3, 3))
+    skew[np.triu_indices(3, 1)] = 0.28784330429184324, -0.49758404546488644, 0.05495587142556757
+    deep = MatrixGame(0.5 + skew - skew.T, Tabular.from_logits(np.log([9.4e-165, 1.0, 7.7e-229])))
+    assert regularized_nash(deep, 3e-4).gap < 1e-24
+    for seed in (0, 1, 3):
+        assert regularized_nash(MatrixGame.low_rank(500, 8, seed), 1e-4).gap < 1e-24
+    cycle = MatrixGame.cyclic(21).matrix - 0.5
+    reference = Tabular.from_logits(np.random.default_rng(0).uniform(-600, 0, 21))
+    assert regularized_nash(OperatorGame(cycle, reference), 1e-4).gap < 1e-24
+
+
+def test_single_precision_with_prompts() -> None:
+    games = MatrixGame.random(4, 1, prompts=2, dtype=np.float32)
+    for found in (regularized_nash(games, 0.1), nash(games)):
+        assert (found.gap < 1e-12).all()
+    alone = regularized_nash(MatrixGame(games.matrix[1], dtype=np.float32), 0.1).policy.probs
+    assert_close(regularized_nash(games, 0.1).policy.probs[1], alone, atol=1e-13)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["iid", "bradley_terry", "sign", "duplicates"])
 def test_a_thousand_responses_at_a_small_tau(kind: str) -> None:
@@ -389,6 +410,23 @@ def test_nash_of_operators_and_prompts() -> None:
         assert_close(found.policy.probs[x], nash(MatrixGame(games.matrix[x])).policy.probs, atol=1e-12)
 
 
+@given(st.integers(3, 11), st.sampled_from([0.0, 1e-11, 1e-9, 1e-7, 1e-5]), st.integers(0, 2**32 - 1))
+def test_near_ties(n: int, away: float, seed: int) -> None:
+    """Ties and duplicates, shaken a little: what is unique by less than rounding must at least be an equilibrium."""
+    rng = np.random.default_rng(seed)
+    noise = np.triu(rng.standard_normal((n, n)), 1) * away
+    skew = np.clip(tied(seed, n).matrix - 0.5 + noise - noise.T, -0.5, 0.5)
+    assert nash(MatrixGame(0.5 + 0.5 * (skew - skew.T))).gap <= 1e-10
+
+
+@pytest.mark.parametrize("depth", [10, 100, 690])
+@pytest.mark.parametrize("n", [3, 40])
+def test_all_ties_leave_the_reference_as_it_is(n: int, depth: float) -> None:
+    game = MatrixGame(np.full((n, n), 0.5), Tabular.from_logits(-np.linspace(0, depth, n)))
+    assert_close(nash(game).policy.log_probs, game.reference.log_probs, atol=1e-9)
+    assert not nash(game).unique
+
+
 # --- paths and large games ---------------------------------------------------------------------------------------
 
 
@@ -474,6 +512,8 @@ def test_tolerance_is_checked(tol: Any) -> None:
         (lambda: LowRankGame([[0.1]] * 2, [[0.1]] * 2, [0.5, 0.6]), "reference must sum to 1, got 1.1"),
         (lambda: OperatorGame(np.eye(3)), r"skew must satisfy M \+ M\^T = 0"),
         (lambda: OperatorGame(np.zeros((2, 3))), r"skew must be a square operator .* got shape \(2, 3\)"),
+        (lambda: OperatorGame(1j * np.zeros((2, 2))), "skew must be real, got a complex operator"),
+        (lambda: MatrixGame([[0.5j]]), "win_prob must hold real numbers, got complex ones"),
         (lambda: OperatorGame("skew"), r"skew must be a square operator .* got shape \(\)"),
     ],
 )

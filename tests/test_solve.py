@@ -109,6 +109,13 @@ def test_intervals_against_the_delta_method() -> None:
     assert_close(found.high - found.low, 2 * 1.645 * np.sqrt(variance), atol=0.2 * found.std.max())  # a normal law
 
 
+def test_intervals_of_few_questions_on_many_items() -> None:
+    """Every draw has many ties, and several equilibria."""
+    game = MatrixGame.from_scores(np.random.default_rng(0).normal(size=(20, 40)))
+    found = equilibrium_interval(game, 0, draws=100)
+    assert (found.low <= found.high).all()
+
+
 def test_intervals_are_reproducible_and_hold_the_whole_story_at_tau_0() -> None:
     game = MatrixGame.from_comparisons([line.split(",") for line in LOG.splitlines()[1:]])
     first, again = (equilibrium_interval(game, 0, draws=300, seed=1) for _ in range(2))
@@ -264,6 +271,13 @@ def test_scores_in_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert len(set(zip(member.tolist(), kinds.tolist(), strict=True))) == 2
 
 
+def test_names_that_look_like_mathematics_and_taus_that_look_alike(tmp_path: Path) -> None:
+    game = MatrixGame([[0.5, 0.9], [0.1, 0.5]], labels=[r"$\frac$", "b"])
+    found = standings("odd", game, [0.12345678, 0.123456781])
+    assert len(found.save(tmp_path)) == 4
+    assert {"tau=0.12345678", "tau=0.123456781"} <= set(found.frame.columns)
+
+
 def test_names_of_prompts_and_unbounded_scores(tmp_path: Path) -> None:
     """One item that never loses: no Bradley-Terry scores, but an equilibrium and a figure."""
     game = MatrixGame([[0.5, 1.0, 1.0], [0.0, 0.5, 0.7], [0.0, 0.3, 0.5]])
@@ -285,6 +299,10 @@ def test_names_of_prompts_and_unbounded_scores(tmp_path: Path) -> None:
         (["scores.csv"], "scores.csv, line 3: expected a finite number, got 'inf'"),
         (["short.csv"], "short.csv, line 2: expected a name and 2 numbers, got 2 cells"),
         (["broken.csv.gz"], "broken.csv.gz: not a gzip file"),
+        (["mixed.csv"], "mixed.csv: rows and columns share '1' but not all names: a matrix of win probabilities has"),
+        (["semi.csv"], "semi.csv, line 1: expected names separated by commas, got one column"),
+        (["unnamed.csv"], "unnamed.csv, line 1: names must not be empty"),
+        (["fine.csv", "--reference", "much.csv"], "much.csv: probabilities must sum to 1, got 1.1"),
         (["fine.csv", "--tau", "0.1,x"], "tau must be numbers >= 0 separated by commas, got '0.1,x'"),
         (["fine.csv", "--tau", "-1"], "tau must be numbers >= 0 separated by commas, got '-1'"),
         (["fine.csv", "--draws", "1"], "draws must be at least 2, got 1"),
@@ -306,6 +324,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         "short.csv": "q,a,b\nq1,0.5\n",
         "broken.csv.gz": "item_a,item_b,winner\n",
         "fine.csv": ",a,b\na,0.5,0.9\nb,0.1,0.5\n",
+        "mixed.csv": "q,1,2\n1,0.5,3\n9,0.1,4\n",
+        "semi.csv": "q;a;b\nq1;0.5;2\n",
+        "unnamed.csv": "q,a,\nq1,0.5,2\n",
+        "much.csv": "item,probability\na,0.5\nb,0.6\n",
         "mu.csv": "item,probability\na,0.5\nz,0.5\n",
         "half.csv": "item,probability\na,1\n",
         "zero.csv": "item,probability\na,1\nb,0\n",
