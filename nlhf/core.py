@@ -157,12 +157,10 @@ class Regularized:
 
 
 class Algorithm(Protocol):
-    """An initial state, and a step to the next one. `nlhf.run` needs no more than this."""
+    """An initial state, and a step to the next one. `nlhf.run` needs no more than this.
 
-    @property
-    def tau(self) -> float:
-        """Strength of the KL regularisation towards the reference, >= 0."""
-        ...
+    If there is a `tau`, the strength of a KL regularisation, the duality gap is measured with it.
+    """
 
     def init(self, policy: Any, reference: Any = None) -> Any:
         """The state at t = 0; the reference is the frozen initial policy if none is given."""
