@@ -122,6 +122,52 @@ def solve(
     print("\n".join(f"wrote {path}" for path in found.save(out)))
 
 
+def evaluate(
+    mdp: Annotated[str, tyro.conf.Positional],
+    policy: str = "uniform",
+    gamma: float | None = None,
+    method: str = "auto",
+    atoms: int | None = None,
+    accuracy: float | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Return distributions of a policy in a known decision process, with a bound on their error.
+
+    Args:
+        mdp: chain, two-state, dirichlet, garnet, windy-grid, or an .npz file with the arrays transitions (S, A, S),
+            rewards, gamma and perhaps reward_probs.
+        policy: uniform, or a CSV file of probabilities, a row for each state.
+        gamma: discount in [0, 1); 0.9 for a process by name, that of the file otherwise.
+        method: auto, aggregation, banded or iteration, for a number of atoms that is given.
+        atoms: a fixed number of atoms, instead of an accuracy.
+        accuracy: the largest W1 error allowed, in units of the rewards; 0.01 if neither it nor atoms is given.
+        seed: of a random process.
+        out: where to write; runs/evaluate-NAME if not given.
+    """
+    from nlhf.evaluate import evaluate as run_evaluation
+    from nlhf.evaluate import load_policy, load_process
+    from nlhf.ladder import check_folder
+
+    if atoms is not None and accuracy is not None:
+        raise ValueError("atoms and accuracy exclude each other: give one of them")
+    if atoms is None and method != "auto":
+        raise ValueError("method can be chosen for a given number of atoms only")
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    process, name = load_process(mdp, gamma, seed)
+    out = Path("runs", f"evaluate-{name}") if out is None else out
+    check_folder(out)
+    found = run_evaluation(name, process, load_policy(policy, process), accuracy, atoms, method)
+    bound, count = float(found.w1_bound.max()), found.returns.atoms.size
+    print(f"{name}: {process}, {count} atoms by {found.method}; W1 to the truth is at most {bound:.3g}\n")
+    frame = found.frame
+    print(frame.head(20).to_string(index=False, float_format="{:.4g}".format))
+    if len(frame) > 20:
+        print(f"and {len(frame) - 20} more rows in returns.csv")
+    print("\n" + "\n".join(f"wrote {path}" for path in found.save(out)))
+
+
 def _rows(table: object) -> str:
     import pandas as pd
 
@@ -136,9 +182,9 @@ def main() -> None:
     """Entry point of the command `nlhf`. Bad input ends with one line on stderr and exit code 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"ladder": ladder, "solve": solve},
+            {"ladder": ladder, "solve": solve, "evaluate": evaluate},
             prog="nlhf",
-            description="Preference games, exactly and on language models.",
+            description="Preference games and return distributions, exactly and on language models.",
         )
     except (ValueError, OSError, ModuleNotFoundError, ArithmeticError) as error:
         print(f"nlhf: {error}", file=sys.stderr)

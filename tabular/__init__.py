@@ -20,6 +20,7 @@ from nlhf.tabular.operators import LowRankGame, OperatorGame
 from nlhf.tabular.policy import Tabular
 from nlhf.tabular.quantile_dp import quantile_fixed_point
 from nlhf.tabular.returns import Categorical, Quantile
+from nlhf.tabular.sampling import SampledBackupSolver
 from nlhf.tabular.solver import ExactSolver
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "MatrixGame",
     "OperatorGame",
     "Quantile",
+    "SampledBackupSolver",
     "Tabular",
     "categorical_fixed_point",
     "certificate",

@@ -85,9 +85,9 @@ def categorical_fixed_point(
     pi, z = mdp.check_policy(policy), grid(mdp, atoms, clip)
     operator = Linear(Shift(mdp, z), pi)
     cdf, method, iterations = solve(operator, operator.constant, tol, method)
+    # The solution is a law; what the tolerance and rounding leave of that is set right, and then measured.
+    cdf = np.maximum.accumulate(np.clip(cdf, 0.0, 1.0), axis=1)
     residual = operator.cramer(operator(cdf) + operator.constant - cdf)
-    # what rounding leaves of monotonicity, no more
-    cdf = np.maximum.accumulate(np.clip(cdf, 0.0, 1.0), axis=1) if residual < 1e-6 else cdf
     returns = Categorical.from_cdf(cdf.reshape(mdp.n_states, mdp.n_actions, -1), z)
     bound = residual / (1 - sqrt(mdp.gamma))
     return FixedPoint(returns, method, iterations, residual, bound, _clipped(mdp, pi, returns) if clip else 0.0)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 from hypothesis import given
 
-from nlhf import CategoricalDP, NStep, QLambda, Retrace, TreeBackup, metrics, run
+from nlhf import CategoricalDP, NStep, QLambda, Retrace, TreeBackup, cli, metrics, run
+from nlhf.evaluate import load_process
 from nlhf.evaluation import Backup, EvalState
 from nlhf.tabular import (
     MDP,
     BackupSolver,
     Categorical,
     Quantile,
+    SampledBackupSolver,
     categorical_fixed_point,
     certificate,
     quantile_fixed_point,
@@ -27,6 +33,7 @@ from nlhf.tabular import (
 from nlhf.tabular.bellman import Linear, Shift, grid
 from nlhf.tabular.fixed_point import solve
 from nlhf.tabular.returns import project
+from nlhf.tabular.sampling import Trajectories
 from tests.checks import assert_close
 
 
@@ -436,6 +443,158 @@ def test_resuming_an_evaluation(tmp_path: Any) -> None:
     np.testing.assert_array_equal(resumed.policy.probs, run(algorithm, solver, 12).policy.probs)
 
 
+# --- samples -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_sampled_backups_are_unbiased(length: int) -> None:
+    """The estimate averaged over every trajectory, against A_n = T^pi eta + T^{c mu} (A_{n-1} - eta) on raw measures."""
+    rng = np.random.default_rng(length)
+    rows = rng.dirichlet([1, 1], size=(2, 2))
+    mdp = MDP(rows, rng.integers(0, 2, (2, 2, 2)).astype(float), 0.7, rng.dirichlet([1, 1], size=(2, 2)))
+    pi, mu, trace = rng.dirichlet([1, 1], size=2), rng.dirichlet([1, 1], size=2), rng.uniform(size=(2, 2))
+    solver = SampledBackupSolver(mdp, atoms=6, samples=1, length=length)
+    z = solver.atoms
+    returns = Categorical(rng.dirichlet(np.ones(6), size=(2, 2)), z)
+    averaged = np.sum(pi[..., None] * returns.probs, axis=1)
+    pairs = list(itertools.product(range(2), range(2)))
+
+    def truncated(s: int, a: int, n: int) -> tuple[Any, Any]:
+        """Values and masses of A_n eta(s, a), before any projection."""
+        values, masses = [], []
+        for k, y in pairs:
+            chance = mdp.reward_probs[s, a, k] * rows[s, a, y]
+            later = [(z, averaged[y])]
+            for b in range(2) if n > 1 else ():
+                further, weights = truncated(y, b, n - 1)
+                later += [
+                    (further, mu[y, b] * trace[y, b] * weights),
+                    (z, -mu[y, b] * trace[y, b] * returns.probs[y, b]),
+                ]
+            for value, mass in later:
+                values.append(mdp.rewards[s, a, k] + 0.7 * value)
+                masses.append(chance * mass)
+        return np.concatenate(values), np.concatenate(masses)
+
+    for s, a in pairs:
+        total = np.zeros(6)
+        for path in itertools.product(itertools.product(range(2), range(2), range(2)), repeat=length):
+            states, actions, rewards, chance = [s], [a], [], 1.0
+            for k, y, b in path:
+                x, u = states[-1], actions[-1]
+                chance *= mdp.reward_probs[x, u, k] * rows[x, u, y] * mu[y, b]
+                rewards.append(mdp.rewards[x, u, k])
+                states.append(y)
+                actions.append(b)
+            one = Trajectories(np.array([states]), np.array([actions]), np.array([rewards]))
+            total += chance * solver.estimate(returns, pi, trace, one)[0]
+        assert_close(total, project(*truncated(s, a, length), z), atol=1e-12)
+        assert total.sum() == pytest.approx(1, abs=1e-12)
+        if length == 1:
+            exact, _ = BackupSolver(mdp, 6)(Backup(returns, pi, mu, 0.0))
+            assert_close(total, exact.probs[s, a], atol=1e-12)
+
+
+def test_trajectories_have_their_law() -> None:
+    """Next states, actions and rewards by their frequencies, on a sparse process; five standard errors."""
+    mdp = MDP.garnet(6, 3, 0.9, 0, actions=2)
+    behaviour = np.random.default_rng(0).dirichlet([1, 1], size=6)
+    solver = SampledBackupSolver(mdp, samples=4000, length=2)
+    drawn = solver.sample(behaviour, np.random.default_rng(1))
+    states, actions = drawn.states.reshape(6, 2, 4000, 3), drawn.actions.reshape(6, 2, 4000, 3)
+    rows = mdp.expect(np.eye(6))
+    seen = np.stack([(states[..., 1] == y).mean(axis=-1) for y in range(6)], axis=-1)
+    assert np.abs(seen - rows).max() < 5 * 0.5 / np.sqrt(4000)
+    acted = np.stack([(actions[..., 1] == b).mean(axis=-1) for b in range(2)], axis=-1)
+    assert np.abs(acted - rows @ behaviour).max() < 5 * 0.5 / np.sqrt(4000)
+    np.testing.assert_array_equal(drawn.rewards[:, 0], mdp.rewards[..., 0].ravel().repeat(4000))
+
+
+def test_sampled_learning_approaches_the_fixed_point() -> None:
+    mdp, target, behaviour = random_off_policy(4, 2, 0.3, 0.8, seed=5)
+    fixed = categorical_fixed_point(mdp, target, 21).returns
+    for algorithm, length in ((QLambda(target, behaviour, 0.5), 4), (CategoricalDP(target), 1)):
+        solver = SampledBackupSolver(mdp, 21, samples=50, length=length, step=0.1)
+        first, again = (run(algorithm, solver, 150, seed=3).policy for _ in range(2))
+        np.testing.assert_array_equal(first.probs, again.probs)
+        assert float(metrics.cramer(first, fixed).max()) < 0.1 < float(metrics.cramer(solver.init(), fixed).max())
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["nlhf", "evaluate", *flags])
+    cli.main()
+
+
+@pytest.mark.parametrize("name", ["chain", "two-state", "dirichlet", "garnet", "windy-grid"])
+def test_evaluate_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluate(monkeypatch, name, "--accuracy", "0.05", "--gamma", "0.8")
+    frame = pd.read_csv(tmp_path / "runs" / f"evaluate-{name}" / "returns.csv")
+    process, _ = load_process(name, 0.8, 0)
+    assert_close(frame["mean"], process.values(process.uniform).ravel(), atol=1e-3)
+    assert frame.w1_bound.max() <= 0.05
+    assert (frame["quantile_0.05"] <= frame["quantile_0.95"]).all()
+    assert "W1 to the truth is at most" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs" / f"evaluate-{name}").iterdir())) == 3
+
+
+def test_evaluate_a_file_under_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    mdp = MDP.dirichlet(3, 1.0, 0.9, 0, actions=2)
+    arrays = {"transitions": mdp.transitions.reshape(3, 2, 3), "rewards": mdp.rewards[..., 0], "gamma": 0.9}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    policy = np.array([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]])
+    np.savetxt(tmp_path / "pi.csv", policy, delimiter=",")
+    monkeypatch.chdir(tmp_path)
+    evaluate(monkeypatch, "mine.npz", "--policy", "pi.csv", "--atoms", "31", "--method", "banded", "--out", "here")
+    frame = pd.read_csv(tmp_path / "here" / "returns.csv")
+    assert_close(frame["mean"], mdp.values(policy).ravel(), atol=1e-9)
+    assert "31 atoms by banded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["maze"], "mdp must be one of chain, two-state, dirichlet, garnet, windy-grid or an .npz file, got 'maze'"),
+        (["text.npz"], "text.npz: not an .npz file of arrays"),
+        (["less.npz"], "less.npz: expected transitions, rewards, gamma\\[, reward_probs\\], got rewards"),
+        (["rows.npz"], "rows.npz: transitions must sum to 1, got 0.9 for state 0, action 0"),
+        (["chain", "--gamma", "1"], r"gamma must be a number in \[0, 1\), got 1.0"),
+        (["chain", "--policy", "greedy"], "policy must be uniform or a CSV file of probabilities, got 'greedy'"),
+        (["chain", "--policy", "pi.csv"], r"pi.csv: policy must have shape \(10, 1\), got \(1, 2\)"),
+        (["chain", "--policy", "words.csv"], "words.csv: could not convert string 'a' to float64"),
+        (["chain", "--atoms", "1"], "atoms must be an integer >= 2, got 1"),
+        (["chain", "--atoms", "9", "--method", "lu"], "method must be one of auto, aggregation, banded, iteration"),
+        (["chain", "--method", "banded"], "method can be chosen for a given number of atoms only"),
+        (["chain", "--accuracy", "-1"], "accuracy must be a number > 0, got -1.0"),
+        (["chain", "--accuracy", "0.1", "--atoms", "9"], "atoms and accuracy exclude each other"),
+        (["chain", "--accuracy", "1e-9"], "accuracy = 1e-09 takes more than 20000 atoms"),
+        (["chain", "--seed", "-1"], "seed must be >= 0, got -1"),
+        (["chain", "--out", "pi.csv"], "out must be a folder that can be written, got 'pi.csv'"),
+    ],
+)
+def test_bad_evaluations_are_one_line_and_nothing_is_written(
+    flags: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.npz").write_text("no")
+    np.savez(tmp_path / "less.npz", rewards=[1.0])
+    np.savez(tmp_path / "rows.npz", transitions=0.9 * np.ones((1, 1, 1)), rewards=[1.0], gamma=0.5)
+    (tmp_path / "pi.csv").write_text("0.5,0.5\n")
+    (tmp_path / "words.csv").write_text("a,b\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(monkeypatch, *flags)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert re.search(f"^nlhf: {message}", printed.err)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 ROWS = np.full((2, 1, 2), 0.5)
@@ -467,6 +626,9 @@ ROWS = np.full((2, 1, 2), 0.5)
         (lambda: QLambda(np.ones((2, 1)), np.ones((2, 1)), 1.5), r"lam must be a number in \[0, 1\], got 1.5"),
         (lambda: Retrace(np.ones((2, 1)), np.ones((3, 1)), 0.5), "behaviour must have the shape of target"),
         (lambda: NStep(np.ones((2, 1)), np.ones((2, 1)), 0), "n must be an integer >= 1"),
+        (lambda: SampledBackupSolver(MDP.two_state(0.9), samples=0), "samples must be an integer >= 1, got 0"),
+        (lambda: SampledBackupSolver(MDP.two_state(0.9), length=0), "length must be an integer >= 1, got 0"),
+        (lambda: SampledBackupSolver(MDP.two_state(0.9), step=0.0), r"step must be a number in \(0, 1\], got 0.0"),
         (lambda: MDP.dirichlet(3, 0.0, 0.9, 0), "alpha must be a number > 0"),
         (lambda: MDP.garnet(3, 4, 0.9, 0), "branches must be at most the number of states, 3, got 4"),
         (lambda: MDP.chain(3, 0.9, reset=2.0), "reset must be a probability, got 2.0"),
