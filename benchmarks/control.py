@@ -51,17 +51,17 @@ def main(task: str = "CartPole-v1", steps: int = 10_000, seeds: int = 3, out: Pa
             rows += [(name, seed, step, score) for step, score in train(agent, task, steps, seed, every=steps // 10)]
     frame = pd.DataFrame(rows, columns=["agent", "seed", "step", "score"])
     late = frame[frame.step > 0.7 * steps]
-    for name, one in late.groupby("agent", sort=False):
-        by_seed = one.groupby("seed").score.mean()
+    for name in AGENTS:
+        by_seed = late[late.agent == name].groupby("seed").score.mean()
         print(f"{name:32} {by_seed.mean():6.0f}, seeds from {by_seed.min():.0f} to {by_seed.max():.0f}")
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     ax = figure.subplots()
-    for style, (name, one) in zip(plotting.STYLES, frame.groupby("agent", sort=False), strict=False):
-        table = one.pivot(index="step", columns="seed", values="score")
+    for style, name in zip(plotting.STYLES, AGENTS, strict=False):
+        table = frame[frame.agent == name].pivot(index="step", columns="seed", values="score")
         ax.fill_between(
             table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.12, linewidth=0
         )
-        ax.plot(table.index, table.mean(axis=1), label=str(name), **{**style, "linewidth": 1.4, "markersize": 4.5})
+        ax.plot(table.index, table.mean(axis=1), label=name, **{**style, "linewidth": 1.4, "markersize": 4.5})
     ax.set(xlabel="steps of the environment", ylabel="return of ten greedy episodes", title=f"{task}, {seeds} seeds")
     ax.set_ylim(0, 1.05 * float(np.max(frame.score)))
     ax.grid(True, linewidth=0.4, alpha=0.5)

@@ -448,7 +448,7 @@ def test_resuming_an_evaluation(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_sampled_backups_are_unbiased(length: int) -> None:
-    """The estimate averaged over all trajectories, against A_n = T^pi eta + T^{c mu} (A_{n-1} - eta) on raw measures."""
+    """The estimate over all trajectories against A_n = T^pi eta + T^{c mu} (A_{n-1} - eta) on raw measures."""
     rng = np.random.default_rng(length)
     rows = rng.dirichlet([1, 1], size=(2, 2))
     mdp = MDP(rows, rng.integers(0, 2, (2, 2, 2)).astype(float), 0.7, rng.dirichlet([1, 1], size=(2, 2)))
