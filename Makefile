@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-lm test test-fast lint notebooks race table clean
+.PHONY: demo demo-lm test test-fast lint notebooks race race-returns table clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nlhf needs Python 3.11 or later"'
@@ -47,6 +47,9 @@ notebooks: .venv/dev  ## execute every notebook
 race: .venv/base  ## exact equilibria against the best solvers of others: about ten minutes
 	$(PIP) --no-build-isolation -e '.[peers]'
 	.venv/bin/python benchmarks/race_games.py
+
+race-returns: .venv/dev  ## return distributions against the usual ways: about five minutes
+	.venv/bin/python benchmarks/race_returns.py
 
 table: .venv/base  ## outer algorithm x inner solver
 	.venv/bin/python benchmarks/table_of_algorithms.py
