@@ -179,7 +179,7 @@ def sweeps(table: Table, n: int, m: int, seed: int) -> None:
     mdp = MDP.dirichlet(n, 1.0, 0.99, seed)
     chain, r = mdp.transitions, mdp.rewards[:, 0]
     sweep = partial(quantile_dp._backup, chain, gamma=mdp.gamma, r=r, q=np.ones_like(r))
-    theta = quantile_dp.quantile_fixed_point(mdp, mdp.uniform, m, tol=50.0).returns.values[:, 0]  # on the way to it
+    theta = quantile_dp.quantile_fixed_point(mdp, mdp.uniform, m, tol=10.0).returns.values[:, 0]  # on the way to it
     seconds, wanted = best(lambda: sorted_by_state(chain, theta, mdp.gamma, r[:, 0]))
     for kind, spec in (("numba", find_spec("numba")), ("numpy", None)):
         with patch.object(quantile_dp, "find_spec", lambda _, spec=spec: spec):

@@ -87,20 +87,24 @@ class Shift:
 
     @cached_property
     def matrix(self) -> Any:
-        """(S A (m - 1), S A (m - 1)) D, block-diagonal and sparse."""
+        """(S A (m - 1), S A (m - 1)) D, block-diagonal and sparse; some of the entries stored are 0."""
         n, cells = self.shape
         t, q = self._landed
-        first = np.minimum(np.floor(t[..., :-1]).astype(np.int64), cells)  # i = m - 1 is the coordinate left out
+        rewards = q.shape[1]
+        first = np.minimum(t[..., :-1].astype(np.int32), cells - 1)
         left = np.clip(first + 1 - t[..., :-1], 0, 1) - np.clip(first + 1 - t[..., 1:], 0, 1)
-        right = 1 - np.clip(first + 2 - t[..., 1:], 0, 1)
-        base = np.arange(n)[:, None, None] * cells
-        columns = np.broadcast_to(base + np.arange(cells), first.shape)
-        parts = []
-        for at, weight in ((first, left), (first + 1, right)):
-            kept = (at < cells) & (weight * q[..., None] > 0)
-            parts.append(((weight * q[..., None])[kept], (base + at)[kept], columns[kept]))
-        data, row, column = (np.concatenate(x) for x in zip(*parts, strict=True))
-        return sparse.csr_array((data, (row, column)), shape=(n * cells, n * cells))
+        right = np.clip(first + 2 - t[..., :-1], 0, 1) - np.clip(first + 2 - t[..., 1:], 0, 1)
+        right[first == cells - 1] = 0.0  # mass that lands above the last cell is the coordinate left out
+        base = np.arange(n, dtype=np.int32)[:, None, None] * cells
+        rows = np.stack([base + first, base + np.minimum(first + 1, cells - 1)], axis=-1)
+        data = np.stack([left, right], axis=-1) * q[..., None, None]
+        # column by column: two entries for each reward, of which some are 0
+        entries, indices = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)).ravel() for x in (data, rows))
+        starts = np.arange(n * cells + 1, dtype=np.int32) * (2 * rewards)
+        matrix = sparse.csc_array((entries, indices, starts), shape=(n * cells, n * cells))
+        if rewards > 1:
+            matrix.sum_duplicates()
+        return matrix
 
     @cached_property
     def constant(self) -> Floats:
@@ -142,10 +146,16 @@ class Linear:
     def __call__(self, cdf: Floats) -> Floats:
         """(S A, m - 1)."""
         states, actions = self.weights.shape
-        mixed = cdf.reshape(states, -1) if actions == 1 else self.weights[:, None, :] @ cdf.reshape(states, actions, -1)
-        if actions == 1:
-            mixed = self.weights * mixed
-        return self.shift(np.asarray(self.shift.mdp.transitions @ mixed.reshape(states, -1)))
+        if actions > 1:
+            mixed = (self.weights[:, None, :] @ cdf.reshape(states, actions, -1)).reshape(states, -1)
+        else:
+            mixed = cdf if self._certain else self.weights * cdf
+        return self.shift(np.asarray(self.shift.mdp.transitions @ mixed))
+
+    @cached_property
+    def _certain(self) -> bool:
+        """Whether there is nothing to weigh."""
+        return bool((self.weights == 1).all())
 
     @property
     def stride(self) -> float:

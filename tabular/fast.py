@@ -181,15 +181,17 @@ def quantiles(chain, rows, values, m):  # type: ignore[no-untyped-def]
     n = chain.shape[0]
     found = np.empty((n, m))
     for x in range(n):
-        reached, i = 0.0, 0
+        reached, i, level = 0.0, 0, 0.5 / m - 1e-12
         weight = chain[x] / m
         for k in range(rows.size):
             reached += weight[rows[k]]
-            while i < m and reached >= (i + 0.5) / m - 1e-12:
-                found[x, i] = values[k]
-                i += 1
-            if i == m:
-                break
+            if reached >= level:
+                while i < m and reached >= (i + 0.5) / m - 1e-12:
+                    found[x, i] = values[k]
+                    i += 1
+                if i == m:
+                    break
+                level = (i + 0.5) / m - 1e-12
         while i < m:
             found[x, i] = values[-1]
             i += 1

@@ -180,12 +180,18 @@ def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> So
         method = _cheapest(operator, tol)
     if method == "banded":
         return Solved(_banded(operator, rhs), method, 1)
-    coarse = _Common(operator) if method == "aggregation" else None
-    cdf, best, stuck, enough = rhs, np.inf, 0, 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
+    common = _Common(operator)
+    coarse = common if method == "aggregation" else None
+    cdf = rhs + common.correction(rhs)  # what a solution shared by all rows would be, after one backup
+    if coarse is None and rhs is operator.constant:
+        cdf = _moved_to_the_mean(operator, cdf)
+    best, stuck, enough = np.inf, 0, 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
     for iteration in range(1, enough + 1):
-        change = operator(cdf) + rhs - cdf
+        change = operator(cdf)
+        change += rhs
+        change -= cdf
         size = operator.cramer(change)
-        cdf = cdf + change
+        cdf += change
         if size <= tol:
             return Solved(cdf, method, iteration)
         best, stuck = (size, 0) if size < 0.9 * best else (best, stuck + 1)
@@ -193,8 +199,16 @@ def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> So
             if stuck >= 20 or size > 1e3 * best:  # the chain has more to it than its average
                 coarse = None
                 continue
-            cdf = cdf + coarse.correction(change)
+            cdf += coarse.correction(change)
     raise ArithmeticError(f"tol = {tol!r} is out of reach: the residual is {best:.1e} after {enough} iterations")
+
+
+def _moved_to_the_mean(operator: Linear, cdf: Floats) -> Floats:
+    """One law for all rows, each moved to where its mean must be: backups keep means, so that only shapes are left."""
+    atoms, shape = operator.shift.atoms, np.mean(cdf, axis=0)
+    mean = atoms[-1] - operator.stride * shape.sum()
+    apart = operator.shift.mdp.values(operator.weights).ravel() - mean
+    return np.stack([np.interp(atoms[:-1] - move, atoms[:-1], shape, left=0.0, right=1.0) for move in apart])
 
 
 def _cheapest(operator: Linear, tol: float) -> str:
@@ -205,8 +219,9 @@ def _cheapest(operator: Linear, tol: float) -> str:
     mixing = _mixing(operator)
     band = _bandwidth(operator)
     costs = {
-        "iteration": product * digits / max(1 - gamma, 1e-12),
-        "aggregation": product * digits / max(-log(max(min(mixing, 1 - 1e-9), 1e-3)), 1e-9) * 1.5,
+        # means are right from the start, so that gamma^2 is what is left to wait for
+        "iteration": product * digits / max(1 - gamma**2, 1e-12),
+        "aggregation": product * digits / max(-log(max(min(mixing, 1 - 1e-9), 1e-3)), 1e-9) * 2.0,
         # LAPACK runs a wide band several times faster than a product streams its matrix; memory is another limit
         "banded": 2.0 * n * cells * (2 * n * band) ** 2 / 8 if (6 * n * band) * n * cells < 5e8 else np.inf,
     }
@@ -220,15 +235,20 @@ def _mixing(operator: Linear) -> float:
         return 0.0
     x = np.random.default_rng(0).standard_normal((mdp.n_states, mdp.n_actions))
     stationary = _stationary(operator)
-    x -= np.sum(stationary * x.ravel()) / stationary.sum()
-    sizes = [float(np.linalg.norm(x))]
-    for _ in range(30):
-        x = mdp.expect(np.sum(weights * x, axis=1))
-        x -= np.sum(stationary * x.ravel()) / stationary.sum()
-        sizes.append(float(np.linalg.norm(x)))
-        if sizes[-1] <= 1e-12 * sizes[0]:
+    rate, size = 1.0, np.inf
+    for _ in range(15):
+        before, size = size, 1.0
+        for _ in range(20):
+            x = mdp.expect(np.sum(weights * x, axis=1))
+            x -= np.sum(stationary * x.ravel()) / stationary.sum()
+        size = float(np.linalg.norm(x))
+        if size <= 1e-12:
             return 1e-3
-    return float((sizes[-1] / sizes[10]) ** (1 / 20))
+        x /= size
+        rate, last = size ** (1 / 20), rate
+        if abs(log(rate) - log(last)) < 0.05 * abs(log(last)) or (before == np.inf and rate < 0.7):
+            break
+    return min(rate, 1.0)
 
 
 def _stationary(operator: Linear) -> Floats:
@@ -254,12 +274,14 @@ class _Common:
         self.operator, self.weights = operator, _stationary(operator)
         cells = operator.shape[1]
         shift = operator.shift.matrix.tocoo()
-        row, i = np.divmod(shift.coords[0], cells)
-        j = shift.coords[1] - row * cells
-        value = shift.data * (self.weights * operator.kept)[row]
+        held = shift.data != 0
+        row, i = np.divmod(shift.coords[0][held], cells)
+        j = shift.coords[1][held] - row * cells
+        value = shift.data[held] * (self.weights * operator.kept)[row]
         below, above = int(max((i - j).max(initial=0), 0)), int(max((j - i).max(initial=0), 0))
-        band = np.zeros((2 * below + above + 1, cells), order="F")
-        np.add.at(band, (below + above + i - j, j), -value)
+        height = 2 * below + above + 1
+        flat = np.bincount(j * height + below + above + i - j, -value, height * cells)
+        band = flat.reshape(height, cells, order="F")
         band[below + above] += 1.0
         self.below, self.above = below, above
         self.lu, self.pivots, _ = lapack.dgbtrf(band, below, above)
@@ -267,7 +289,8 @@ class _Common:
     def correction(self, change: Floats) -> Floats:
         """T (1 x E) with (I - C) E = the average change."""
         shared, _ = lapack.dgbtrs(self.lu, self.below, self.above, self.weights @ change, self.pivots)
-        return self.operator.kept[:, None] * self.operator.shift(np.broadcast_to(shared, change.shape))
+        moved = self.operator.shift(np.broadcast_to(shared, change.shape))
+        return moved if self.operator._certain else self.operator.kept[:, None] * moved
 
 
 def _bandwidth(operator: Linear) -> int:
