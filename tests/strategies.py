@@ -29,6 +29,14 @@ def matrix(rng: np.random.Generator, n: int, kind: str) -> np.ndarray:
     return 0.5 + {"iid": skew, "sign": 0.5 * np.sign(skew), "tie": 0 * skew}[kind]
 
 
+def tied(seed: int, n: int) -> MatrixGame:
+    """A game of few values with duplicated responses: ties, several equilibria, degenerate programmes."""
+    rng = np.random.default_rng(seed)
+    upper = np.triu(rng.choice([-0.5, -0.25, 0, 0.25, 0.5], (n, n)), 1)
+    copies = rng.integers(0, n, n)
+    return MatrixGame(0.5 + (upper - upper.T)[np.ix_(copies, copies)])
+
+
 KINDS = ("iid", "sign", "bradley_terry", "cyclic", "tie")
 
 
