@@ -143,6 +143,22 @@ class Linear:
         """(S A,) the total weight of what follows: 1 for a policy."""
         return self.shift.mdp.expect(self.weights.sum(axis=1)).ravel()
 
+    @cached_property
+    def visits(self) -> Floats:
+        """(S A,) about how often each pair is met in the long run: shares of 1."""
+        mdp = self.shift.mdp
+        share, change = np.full(mdp.n_states, 1 / mdp.n_states), 1.0
+        for step in range(60):
+            after = np.asarray((share[:, None] * self.weights).ravel() @ mdp.transitions) + 1e-300
+            after /= after.sum()
+            if step > 10:  # it may go round in circles
+                after = 0.5 * share + 0.5 * after
+            change, share = float(np.abs(after - share).sum()), after
+            if change < 1e-6:
+                break
+        pairs = share[:, None] * self.weights
+        return (pairs / max(pairs.sum(), 1e-300)).ravel()
+
     def __call__(self, cdf: Floats) -> Floats:
         """(S A, m - 1)."""
         states, actions = self.weights.shape

@@ -234,7 +234,7 @@ def _mixing(operator: Linear) -> float:
     if mdp.n_states * mdp.n_actions == 1:
         return 0.0
     x = np.random.default_rng(0).standard_normal((mdp.n_states, mdp.n_actions))
-    stationary = _stationary(operator)
+    stationary = operator.visits
     rate, size = 1.0, np.inf
     for _ in range(15):
         before, size = size, 1.0
@@ -251,27 +251,11 @@ def _mixing(operator: Linear) -> float:
     return min(rate, 1.0)
 
 
-def _stationary(operator: Linear) -> Floats:
-    """(S A,) about how often each pair is visited in the long run."""
-    mdp, weights = operator.shift.mdp, np.abs(operator.weights)
-    share = np.full(mdp.n_states, 1 / mdp.n_states)
-    for _ in range(60):
-        pairs = share[:, None] * weights
-        after = np.asarray(pairs.ravel() @ mdp.transitions) + 1e-300
-        after = 0.5 * share + 0.5 * after / after.sum()  # half a step, or a cycle never settles
-        done = float(np.abs(after - share).sum()) < 1e-6
-        share = after
-        if done:
-            break
-    pairs = share[:, None] * weights
-    return (pairs / max(pairs.sum(), 1e-300)).ravel()
-
-
 class _Common:
     """The part of a solution that all rows share: solved exactly, by weights of how often each is visited."""
 
     def __init__(self, operator: Linear) -> None:
-        self.operator, self.weights = operator, _stationary(operator)
+        self.operator, self.weights = operator, operator.visits
         cells = operator.shape[1]
         shift = operator.shift.matrix.tocoo()
         held = shift.data != 0
