@@ -73,16 +73,14 @@ class Evaluation:
     def modulus(self, gamma: float, p: float = 2.0) -> float:
         """The factor by which an iteration shrinks sup_{s,a} l_p of CDFs (p = 1: W1, p = 2: Cramér), if below 1.
 
-        gamma^(1/p) max_s sum_a |pi - c mu| / (1 - gamma^(1/p) max_s sum_a c mu)
+        max_s  g sum_a |pi - c mu| / (1 - g sum_a c mu),   g = gamma^(1/p)
 
-        With c mu <= pi everywhere iterates stay laws, and the smallest sum_a c mu may stand for the largest.
+        because A d = T^{c mu} A d + T^{pi - c mu} d for a difference d: at the worst next state the norm x of A d is at
+        most g sum_a c mu x + g sum_a |pi - c mu| |d|.
         """
         g, weights = gamma ** (1 / p), self.trace * self.behaviour_or_target
-        if (weights <= self.target).all():
-            least = float(weights.sum(-1).min())
-            return g * (1 - least) / (1 - g * least)
-        kept = float(weights.sum(-1).max())
-        return g * float(abs(self.target - weights).sum(-1).max()) / (1 - g * kept) if g * kept < 1 else float("inf")
+        kept, left = g * weights.sum(-1), g * abs(self.target - weights).sum(-1)
+        return float((left / (1 - kept)).max()) if (kept < 1).all() else float("inf")
 
 
 @dataclass(frozen=True, eq=False)

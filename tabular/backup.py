@@ -67,6 +67,7 @@ class BackupSolver:
             return solve(operator, error, 1e-14).cdf
         key = weights.tobytes()
         if key not in self._factors:
+            self._factors.clear()  # one at a time is what a run needs
             system = sparse.eye_array(error.size, format="csc") - sparse.csc_array(operator.explicit())
             self._factors[key] = splu(system)
         return np.asarray(self._factors[key].solve(error.ravel())).reshape(error.shape)

@@ -180,11 +180,15 @@ def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> So
         method = _cheapest(operator, tol)
     if method == "banded":
         return Solved(_banded(operator, rhs), method, 1)
-    common = _Common(operator)
-    coarse = common if method == "aggregation" else None
-    cdf = rhs + common.correction(rhs)  # what a solution shared by all rows would be, after one backup
-    if coarse is None and rhs is operator.constant:
-        cdf = _moved_to_the_mean(operator, cdf)
+    coarse = (
+        _Common(operator) if method == "aggregation" or _shared_cost(operator) < 100 * _sweep_cost(operator) else None
+    )
+    cdf = rhs.copy()
+    if coarse is not None:
+        cdf += coarse.correction(rhs)  # what a solution shared by all rows would be, after one backup
+        if method == "iteration" and rhs is operator.constant:
+            cdf = _moved_to_the_mean(operator, cdf)
+    coarse = coarse if method == "aggregation" else None
     best, stuck, enough = np.inf, 0, 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
     for iteration in range(1, enough + 1):
         change = operator(cdf)
@@ -214,18 +218,30 @@ def _moved_to_the_mean(operator: Linear, cdf: Floats) -> Floats:
 def _cheapest(operator: Linear, tol: float) -> str:
     """By counting: what the iterations, the mixing of the chain and the width of the band will cost."""
     (n, cells), gamma = operator.shape, operator.shift.mdp.gamma
-    product = operator.shift.mdp.transitions.size * cells * 2.0 + 30.0 * n * cells
+    product = _sweep_cost(operator)
     digits = log(1 / max(tol, 1e-16))
     mixing = _mixing(operator)
     band = _bandwidth(operator)
     costs = {
         # means are right from the start, so that gamma^2 is what is left to wait for
         "iteration": product * digits / max(1 - gamma**2, 1e-12),
-        "aggregation": product * digits / max(-log(max(min(mixing, 1 - 1e-9), 1e-3)), 1e-9) * 2.0,
+        "aggregation": product * digits / max(-log(max(min(mixing, 1 - 1e-9), 1e-3)), 1e-9) * 2.0
+        + _shared_cost(operator),
         # LAPACK runs a wide band several times faster than a product streams its matrix; memory is another limit
         "banded": 2.0 * n * cells * (2 * n * band) ** 2 / 8 if (6 * n * band) * n * cells < 5e8 else np.inf,
     }
     return min(costs, key=lambda name: costs[name])
+
+
+def _sweep_cost(operator: Linear) -> float:
+    """Of one application, about: multiplications by P, and what moving the atoms takes."""
+    n, cells = operator.shape
+    return operator.shift.mdp.transitions.size * cells * 2.0 + 30.0 * n * cells
+
+
+def _shared_cost(operator: Linear) -> float:
+    """Of factorising the band of what all rows share, about."""
+    return 2.0 * operator.shape[1] * _bandwidth(operator) ** 2
 
 
 def _mixing(operator: Linear) -> float:

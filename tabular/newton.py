@@ -136,7 +136,7 @@ def _correct(game: Dual, point: Point, wanted: Goal, patience: int) -> tuple[Poi
         taken += 1
         # Newton squares the error anyway, and digits beyond the goal are not worth a product.
         enough = max(sqrt(point.gap / point.tau), 0.1 * sqrt(wanted.gap / max(point.gap, wanted.gap)))
-        new = _step(game, point, wanted, min(1e-2, 0.3 * point.tau, enough)) or _step(game, point, wanted, 1e-9)
+        new = _step(game, point, wanted, min(1e-2, point.tau, enough)) or _step(game, point, wanted, 1e-9)
         if new is None:
             break
         if point.gap <= wanted.gap and new.drift > 0.1 * point.drift:

@@ -33,7 +33,8 @@ def quantile_fixed_point(mdp: MDP, policy: ArrayLike, m: int = 51, tol: float = 
 
     Pi_Q takes the quantiles of levels (2 i - 1) / (2 m). W1 to the true return law is at most range / (2 m (1 - gamma))
     for the range of returns. Where rewards are certain r + gamma z keeps the order, so one sort of all values serves
-    every state and action.
+    every state and action. Where F equals a level on an interval its lower end is taken: with ties, as in a fair coin's
+    process near gamma = 1, this pulls the means down.
 
     Args:
         mdp: the decision process.

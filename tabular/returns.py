@@ -13,7 +13,7 @@ class Categorical:
     """Laws on common, equally spaced atoms: sum_i probs_i delta(atoms_i). Mass 1; entries may be negative.
 
     Args:
-        probs: (..., m) masses; every row sums to 1 (within 1e-9).
+        probs: (..., m) masses; every row sums to 1 (within 1e-9 of the sum of their sizes).
         atoms: (m,) increasing, equally spaced, m >= 2.
 
     Raises ValueError naming the argument and the value that is wrong.
@@ -30,8 +30,8 @@ class Categorical:
             raise ValueError(f"probs must have shape (..., {self.atoms.size}), got {table.shape}")
         if not np.isfinite(table).all():
             raise ValueError("probs must be finite numbers, got NaN or inf")
-        total = table.sum(axis=-1)
-        if (np.abs(total - 1) > 1e-9).any():
+        total, size = table.sum(axis=-1), np.abs(table).sum(axis=-1)
+        if (np.abs(total - 1) > 1e-9 * np.maximum(size, 1.0)).any():  # large masses of both signs cancel to rounding
             raise ValueError(f"probs must sum to 1, got {float(np.ravel(total)[np.argmax(np.abs(total - 1))])}")
         table.flags.writeable = False
         self.probs: Floats = table

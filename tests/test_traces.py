@@ -103,6 +103,26 @@ def test_the_condition_on_lambda_is_tight() -> None:
     assert QLambda(switch, stay, 0.05).modulus(0.9, 1) < 1 < QLambda(switch, stay, 0.06).modulus(0.9, 1)
 
 
+@given(processes(), st.floats(0.0, 1.0), st.sampled_from([1.0, 2.0]))
+def test_traces_that_do_not_overshoot_always_contract(process: Process, lam: float, p: float) -> None:
+    """Claim 55: Retrace and tree backup by at most gamma^(1/p), however far apart the policies are."""
+    for kind in (Retrace, TreeBackup):
+        modulus = kind(process.policy, process.behaviour, lam).modulus(process.mdp.gamma, p)
+        assert modulus <= process.mdp.gamma ** (1 / p) + 1e-12
+
+
+def test_a_run_that_diverges_is_recorded() -> None:
+    """Masses of both signs that cancel to 1 up to rounding are a signed measure all the same."""
+    mdp = MDP(np.eye(2)[np.tile([0, 1], (2, 1))], [[0.0, 1.0], [0.3, 0.0]], 0.9)
+    algorithm = QLambda(1 - np.eye(2), np.eye(2), 0.9)
+
+    def largest(returns: Any, game: Any, tau: Any) -> float:
+        return float(np.abs(returns.probs).max())
+
+    _, sizes = run(algorithm, BackupSolver(mdp, 15), 12, metrics=(largest,)).values("largest")
+    assert sizes[-1] > 1e6
+
+
 def test_negative_mass_comes_and_goes() -> None:
     """Sheet 2.4: with lambda mu > pi somewhere iterates are signed, while the limit is a law."""
     target, behaviour = 1 - np.eye(2), np.eye(2)
