@@ -115,9 +115,12 @@ def sparse_lu(operator: Linear) -> Solve:
 
 def fused(operator: Linear) -> Solve:
     """Plain iteration, compiled: mixing, D, c and the change in one pass, row by row in the cache, on all cores."""
-    nb, P, D, w = import_module("numba"), operator.shift.mdp.transitions, operator.shift.matrix, operator.weights
+    nb, P, w = import_module("numba"), operator.shift.mdp.transitions, operator.weights
+    D = operator.shift.matrix.tocsr()
+    D.eliminate_zeros()
+    D = D.tocoo()
     (states, actions), (n, cells), c = w.shape, operator.shape, operator.constant
-    (x, _), (i, j) = np.divmod(D.tocoo().coords, cells)
+    (x, _), (i, j) = np.divmod(D.coords, cells)
     first = np.full((n, cells), cells, np.int32)  # where the entries of a row of D begin
     np.minimum.at(first, (x, i), j)
     taps = np.zeros((n, cells, width := 1 + int((j - first[x, i]).max())))
