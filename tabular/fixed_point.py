@@ -14,11 +14,14 @@ Sources: Rowland et al. 2024, arXiv:2402.07598 (the direct categorical fixed poi
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack, solve_banded
 
@@ -188,6 +191,8 @@ def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> So
         cdf += coarse.correction(rhs)  # what a solution shared by all rows would be, after one backup
         if method == "iteration" and rhs is operator.constant:
             cdf = _moved_to_the_mean(operator, cdf)
+    if method == "iteration" and _compiles(operator):
+        return _swept(operator, rhs, cdf, tol)
     coarse = coarse if method == "aggregation" else None
     best, stuck, enough = np.inf, 0, 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
     for iteration in range(1, enough + 1):
@@ -205,6 +210,26 @@ def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> So
                 continue
             cdf += coarse.correction(change)
     raise ArithmeticError(f"tol = {tol!r} is out of reach: the residual is {best:.1e} after {enough} iterations")
+
+
+def _compiles(operator: Linear) -> bool:
+    """Whether compiled sweeps are to be had and worth their preparation."""
+    large = operator.shape[0] * operator.shape[1] > 50_000
+    return large and scipy.sparse.issparse(operator.shift.mdp.transitions) and find_spec("numba") is not None
+
+
+def _swept(operator: Linear, rhs: Floats, cdf: Floats, tol: float) -> Solved:
+    """Plain iteration, compiled."""
+    from nlhf.tabular import fast
+
+    sweeps = fast.Sweeps(operator.shift.mdp.transitions, operator.weights, operator.shift.matrix, rhs)
+    enough = 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
+    with ThreadPoolExecutor(sweeps.workers) as pool:
+        for iteration in range(1, enough + 1):
+            cdf, squares = sweeps(cdf, pool)
+            if (size := sqrt(operator.stride * squares)) <= tol:
+                return Solved(cdf, "iteration", iteration)
+    raise ArithmeticError(f"tol = {tol!r} is out of reach: the residual is {size:.1e} after {enough} iterations")
 
 
 def _moved_to_the_mean(operator: Linear, cdf: Floats) -> Floats:

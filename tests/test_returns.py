@@ -19,6 +19,7 @@ from nlhf.tabular import (
     SampledBackupSolver,
     categorical_fixed_point,
     certificate,
+    fixed_point,
     quantile_fixed_point,
     random_off_policy,
     return_distribution,
@@ -338,3 +339,16 @@ def test_constructors(distance: float) -> None:
     assert sparse.transitions.nnz == 120
     for p, q in itertools.pairwise([mdp, MDP(mdp.transitions.reshape(6, 3, 6), mdp.rewards[..., 0], 0.9)]):
         assert_close(p.values(target), q.values(target), atol=1e-12)
+
+
+def test_compiled_sweeps_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iteration on sparse processes, compiled and not, with one action and with several."""
+    pytest.importorskip("numba")
+    for mdp in (MDP.garnet(600, 3, 0.9, 0), MDP.windy_grid(16, 0.9)):
+        found = categorical_fixed_point(mdp, mdp.uniform, 101, 1e-10, "iteration")
+        with monkeypatch.context() as patch:
+            patch.setattr(fixed_point, "find_spec", lambda name: None)
+            plain = categorical_fixed_point(mdp, mdp.uniform, 101, 1e-10, "iteration")
+        assert_close(found.probs, plain.probs, atol=1e-13)
+        assert found.iterations == plain.iterations
+        assert found.residual <= 1e-10
