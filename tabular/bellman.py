@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -78,12 +80,40 @@ class Shift:
         return self.mdp.n_states * self.mdp.n_actions, self.atoms.size - 1
 
     @cached_property
+    def masses(self) -> Floats:
+        """(S A, K) the probabilities of the rewards."""
+        return np.ascontiguousarray(self.mdp.reward_probs.reshape(self.shape[0], -1))
+
+    @cached_property
+    def moves(self) -> Floats:
+        """(S A, K) where r + gamma z_1 lands, in strides; moves that leave no mass on the grid are all alike."""
+        z, r, m = self.atoms, self.mdp.rewards.reshape(self.shape[0], -1), self.atoms.size
+        return np.clip((r + (self.mdp.gamma - 1) * z[0]) / (z[1] - z[0]), -m, m)
+
+    @cached_property
     def _landed(self) -> tuple[Floats, Floats]:
         """(S A, K, m) where r + gamma z_j lands, in strides, and (S A, K) with which probability."""
-        n, m = self.shape[0], self.atoms.size
-        r, q = (x.reshape(n, -1) for x in (self.mdp.rewards, self.mdp.reward_probs))
-        z, stride = self.atoms, self.atoms[1] - self.atoms[0]
-        return np.clip((r[..., None] + self.mdp.gamma * z - z[0]) / stride, 0, m - 1), q
+        return self._land(self.atoms), self.masses
+
+    def _land(self, z: Floats) -> Floats:
+        """(S A, K, ...) where r + gamma z lands, in strides, on the grid."""
+        r, low, stride = self.mdp.rewards.reshape(self.shape[0], -1, 1), self.atoms[0], self.atoms[1] - self.atoms[0]
+        return np.clip((r + self.mdp.gamma * z - low) / stride, 0, self.atoms.size - 1)
+
+    @cached_property
+    def band(self) -> tuple[int, int]:
+        """How many cells below and above itself a cell of D F draws on, at most."""
+        gamma, last = self.mdp.gamma, self.shape[1] - 1
+        if not gamma:
+            return 0, 0
+        lowest, highest = -self.moves.max() / gamma, (last - self.moves.min()) / gamma - last
+        return max(0, -floor(lowest)), max(0, floor(highest) + floor(1 / gamma) + 1)
+
+    @cached_property
+    def compiles(self) -> bool:
+        """Whether compiled sweeps are to be had, and worth loading; they take a gamma of 1/2 or more."""
+        n, cells = self.shape
+        return n * cells > 50_000 and self.mdp.gamma >= 0.5 and find_spec("numba") is not None
 
     @cached_property
     def matrix(self) -> Any:
@@ -109,13 +139,20 @@ class Shift:
     @cached_property
     def constant(self) -> Floats:
         """(S A, m - 1) c."""
-        t, q = self._landed
-        cells = self.shape[1]
-        return np.sum(q[..., None] * np.clip(np.arange(1, cells + 1) - t[..., -1:], 0, 1), axis=1)
+        above = np.clip(np.arange(1, self.atoms.size) - self._land(self.atoms[-1:]), 0, 1)
+        return np.sum(self.masses[..., None] * above, axis=1)
 
     def __call__(self, cdf: Floats) -> Floats:
         """D applied to tables (S A, m - 1)."""
         return (self.matrix @ cdf.ravel()).reshape(self.shape)
+
+    def average(self, shares: Floats, law: Floats) -> Floats:
+        """(m - 1,) sum_x shares_x D_x law, over state-action pairs x."""
+        if self.compiles:
+            from nlhf.tabular import sweeps
+
+            return sweeps.average(self, shares, law)
+        return shares @ self(np.broadcast_to(law, self.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +176,8 @@ class Linear:
         return self.shift.constant
 
     @cached_property
-    def kept(self) -> Floats:
-        """(S A,) the total weight of what follows: 1 for a policy."""
-        return self.shift.mdp.expect(self.weights.sum(axis=1)).ravel()
-
-    @cached_property
     def visits(self) -> Floats:
-        """(S A,) about how often each pair is met in the long run: shares of 1."""
+        """(S,) about how often each state is met in the long run: shares of 1."""
         mdp = self.shift.mdp
         share, change = np.full(mdp.n_states, 1 / mdp.n_states), 1.0
         for step in range(60):
@@ -156,17 +188,26 @@ class Linear:
             change, share = float(np.abs(after - share).sum()), after
             if change < 1e-6:
                 break
-        pairs = share[:, None] * self.weights
-        return (pairs / max(pairs.sum(), 1e-300)).ravel()
+        return share
 
     def __call__(self, cdf: Floats) -> Floats:
         """(S A, m - 1)."""
+        return self.after(self.mixed(cdf))
+
+    def mixed(self, cdf: Floats) -> Floats:
+        """(S, m - 1) w F, the sum over actions."""
         states, actions = self.weights.shape
         if actions > 1:
-            mixed = (self.weights[:, None, :] @ cdf.reshape(states, actions, -1)).reshape(states, -1)
-        else:
-            mixed = cdf if self._certain else self.weights * cdf
-        return self.shift(np.asarray(self.shift.mdp.transitions @ mixed))
+            return np.asarray((self.weights[:, None, :] @ cdf.reshape(states, actions, -1)).reshape(states, -1))
+        return cdf if self._certain else self.weights * cdf
+
+    def after(self, laws: Floats) -> Floats:
+        """(S A, m - 1) D P laws, what the laws of states (S, m - 1) are one step before."""
+        if self.shift.compiles:
+            from nlhf.tabular import sweeps
+
+            return sweeps.after(self.shift, laws)
+        return self.shift(np.asarray(self.shift.mdp.transitions @ laws))
 
     @cached_property
     def _certain(self) -> bool:

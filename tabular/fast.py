@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import Any
 
 import numba as nb
 import numpy as np
@@ -175,96 +173,3 @@ def newton(
         ]:
             done.result()
     return log_pi, steps, solved
-
-
-@nb.njit(cache=True, nogil=True)
-def quantiles(chain, rows, values, m):  # type: ignore[no-untyped-def]
-    """(N, m) the quantiles of each row's mixture, by one walk through all sorted values: `rows` says whose each is."""
-    n = chain.shape[0]
-    found = np.empty((n, m))
-    for x in range(n):
-        reached, i, level = 0.0, 0, 0.5 / m - 1e-12
-        weight = chain[x] / m
-        for k in range(rows.size):
-            reached += weight[rows[k]]
-            if reached >= level:
-                while i < m and reached >= (i + 0.5) / m - 1e-12:
-                    found[x, i] = values[k]
-                    i += 1
-                if i == m:
-                    break
-                level = (i + 0.5) / m - 1e-12
-        while i < m:
-            found[x, i] = values[-1]
-            i += 1
-    return found
-
-
-@nb.njit(cache=True, nogil=True, fastmath=REORDER)
-def _sweep(starts, columns, shares, mixed, first, taps, rhs, cdf, new, sums, low, high):  # type: ignore[no-untyped-def]
-    """Rows low ... high of D P mixed + rhs, and the squared change of each, every row once through the cache."""
-    cells, width = first.shape[1], taps.shape[2]
-    following = np.zeros(cells + width)
-    for x in range(low, high):
-        following[:] = 0.0
-        for e in range(starts[x], starts[x + 1]):
-            share, row = shares[e], mixed[columns[e]]
-            for i in range(cells):
-                following[i] += share * row[i]
-        total = 0.0
-        for i in range(cells):
-            value = rhs[x, i]
-            for k in range(width):
-                value += taps[x, i, k] * following[first[x, i] + k]
-            change = value - cdf[x, i]
-            total += change * change
-            new[x, i] = value
-        sums[x] = total
-
-
-@nb.njit(cache=True, nogil=True, fastmath=REORDER)
-def _mix(weights, cdf, mixed, low, high):  # type: ignore[no-untyped-def]
-    """States low ... high of w F, the sum over actions."""
-    actions, cells = weights.shape[1], cdf.shape[1]
-    for s in range(low, high):
-        mixed[s] = 0.0
-        for a in range(actions):
-            share, row = weights[s, a], cdf[s * actions + a]
-            for i in range(cells):
-                mixed[s, i] += share * row[i]
-
-
-class Sweeps:
-    """F -> D P (w F) + rhs with the size of the change, for sparse P: one pass through memory instead of six."""
-
-    def __init__(self, transitions: Any, weights: Floats, shift: Any, rhs: Floats) -> None:
-        n, cells = rhs.shape
-        self.weights, self.certain = weights, weights.shape[1] == 1 and bool((weights == 1).all())
-        self.mixed = np.empty((0 if self.certain else len(weights), cells))
-        moved = shift.tocsr()
-        moved.eliminate_zeros()
-        moved = moved.tocoo()
-        (x, i), j = np.divmod(moved.coords[0], cells), moved.coords[1] % cells
-        first = np.full((n, cells), cells, np.int32)
-        np.minimum.at(first, (x, i), j.astype(np.int32))
-        offset = j - first[x, i]
-        taps = np.zeros((n, cells, 1 + int(offset.max(initial=0))))
-        taps[x, i, offset] = moved.data
-        self.chain, self.moved = (transitions.indptr, transitions.indices, transitions.data), (first, taps, rhs)
-        self.spare, self.sums = np.empty((n, cells)), np.empty(n)
-        self.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def __call__(self, cdf: Floats, pool: ThreadPoolExecutor) -> tuple[Floats, float]:
-        """The next table, which may take the place of the one before the last, and the largest squared change."""
-        new, self.spare = self.spare, cdf
-
-        def share(count: int, work: Any, *shared: Any) -> None:
-            edges = [count * w // self.workers for w in range(self.workers + 1)]
-            parts = [(*shared, low, high) for low, high in pairwise(edges)]
-            for done in [pool.submit(lambda part: work(*part), part) for part in parts]:
-                done.result()
-
-        if not self.certain:
-            share(len(self.mixed), _mix, self.weights, cdf, self.mixed)
-        share(len(cdf), _sweep, *self.chain, cdf if self.certain else self.mixed, *self.moved, cdf, new, self.sums)
-        return new, float(self.sums.max())

@@ -6,7 +6,9 @@
   second eigenvalue of the chain, whatever gamma and the number of atoms are;
 - a block-banded factorisation: with the unknowns of one atom next to each other I - T has few diagonals, the fewer the
   nearer gamma is to 1, because r + gamma z then moves an atom little. For few states, however slowly they mix;
-- plain iteration, for the others.
+- iteration, for the others, from the right means, which leaves gamma^2; Gauss-Seidel where it is compiled.
+
+By default aggregation is tried first and given up when its own residuals say that it will take too long.
 
 Sources: Rowland et al. 2024, arXiv:2402.07598 (the direct categorical fixed point); Bertsekas and Castañon 1989
 (aggregation as an accelerator).
@@ -14,16 +16,14 @@ Sources: Rowland et al. 2024, arXiv:2402.07598 (the direct categorical fixed poi
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
-from math import ceil, log, sqrt
-from typing import NamedTuple
+from math import ceil, inf, log, sqrt
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack, solve_banded
+from scipy.sparse import issparse
 
 from nlhf.schedules import is_number
 from nlhf.tabular.bellman import Linear, Shift, grid, return_range
@@ -87,7 +87,7 @@ def categorical_fixed_point(
     """
     pi, z = mdp.check_policy(policy), grid(mdp, atoms, clip)
     operator = Linear(Shift(mdp, z), pi)
-    cdf, method, iterations = solve(operator, operator.constant, tol, method)
+    cdf, method, iterations = solve(operator, None, tol, method)
     # The solution is a law; what the tolerance and rounding leave of that is set right, and then measured.
     cdf = np.maximum.accumulate(np.clip(cdf, 0.0, 1.0), axis=1)
     residual = operator.cramer(operator(cdf) + operator.constant - cdf)
@@ -170,8 +170,10 @@ class Solved(NamedTuple):
     iterations: int
 
 
-def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> Solved:
-    """F (S A, m - 1) with F = T F + rhs, to a residual of `tol` in Cramér's norm.
+def solve(operator: Linear, rhs: Floats | None, tol: float, method: str = "auto") -> Solved:
+    """F (S A, m - 1) with F = T F + rhs, by default the operator's constant, to a residual of `tol` in Cramér's norm.
+
+    It works on the laws of states, M = w F, and backs up once more for those of pairs.
 
     Raises ValueError for an unknown method or a tol that is no number > 0; ArithmeticError if tol is out of reach.
     """
@@ -179,157 +181,141 @@ def solve(operator: Linear, rhs: Floats, tol: float, method: str = "auto") -> So
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not is_number(tol) or tol <= 0:
         raise ValueError(f"tol must be a number > 0, got {tol!r}")
-    if method == "auto":
-        method = _cheapest(operator, tol)
-    if method == "banded":
-        return Solved(_banded(operator, rhs), method, 1)
-    coarse = (
-        _Common(operator) if method == "aggregation" or _shared_cost(operator) < 100 * _sweep_cost(operator) else None
-    )
-    cdf = rhs.copy()
-    if coarse is not None:
-        cdf += coarse.correction(rhs)  # what a solution shared by all rows would be, after one backup
-        if method == "iteration" and rhs is operator.constant:
-            cdf = _moved_to_the_mean(operator, cdf)
-    if method == "iteration" and _compiles(operator):
-        return _swept(operator, rhs, cdf, tol)
-    coarse = coarse if method == "aggregation" else None
-    best, stuck, enough = np.inf, 0, 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
-    for iteration in range(1, enough + 1):
-        change = operator(cdf)
-        change += rhs
-        change -= cdf
-        size = operator.cramer(change)
-        cdf += change
+    sweep, direct, plain = _sweep_cost(operator), _banded_cost(operator), _plain_sweeps(operator, tol, rhs is None)
+    if method == "banded" or (method == "auto" and direct < 10 * sweep):
+        return Solved(_banded(operator, rhs), "banded", 1)
+    taken = 0
+    if method == "aggregation" or (method == "auto" and _shared_cost(operator) < 100 * sweep):
+        budget = min(direct / sweep, plain) if method == "auto" else inf
+        laws, taken, solved = _aggregated(operator, rhs, tol, budget)
+        if solved:
+            return Solved(_tables(operator, rhs, laws), "aggregation", taken)
+    if method == "auto" and direct < plain * sweep:
+        return Solved(_banded(operator, rhs), "banded", 1)
+    laws, more = _iterated(operator, rhs, tol)
+    return Solved(_tables(operator, rhs, laws), "iteration", taken + more)
+
+
+def _aggregated(operator: Linear, rhs: Floats | None, tol: float, budget: float) -> tuple[Floats, int, bool]:
+    """Backups, and after each the exact solution for what all states have in common: the laws of states, the number
+    of backups, and whether that is all. It gives up if at the rate of the last ten more than `budget` / 3 are to come:
+    on a chain that mixes slowly the rate gets worse as it goes.
+    """
+    common, sweeps = _Common(operator), _sweeps(operator, rhs, operator.visits)
+    laws, sizes = operator.mixed(operator.constant if rhs is None else rhs).copy(), [inf]
+    left = operator.visits @ laws
+    while sizes[-1] > tol:
+        laws, square, left = sweeps(laws, left, common.solve(left))
+        sizes.append(sqrt(operator.stride * square))
+        if len(sizes) % 20 == 0:
+            rate = (sizes[-1] / sizes[-11]) ** 0.1
+            if not rate < 1 or 3 * log(tol / sizes[-1]) / log(rate) > budget:
+                return laws, len(sizes) - 1, False
+    return laws, len(sizes) - 1, True
+
+
+def _iterated(operator: Linear, rhs: Floats | None, tol: float) -> tuple[Floats, int]:
+    """Backups alone. A policy's start at certain returns with the right means, which they keep: shapes are left."""
+    sweeps, nothing = _sweeps(operator, rhs, None), np.empty(0)
+    laws = np.zeros((len(operator.weights), operator.shape[1]))
+    if rhs is None:
+        means = np.sum(operator.weights * operator.shift.mdp.values(operator.weights), axis=1)
+        laws = np.clip((operator.shift.atoms[1:] - means[:, None]) / operator.stride, 0.0, 1.0)
+    enough, best = 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma)), inf
+    for k in range(1, enough + 1):
+        laws, square, _ = sweeps(laws, nothing, nothing)
+        best = min(best, size := sqrt(operator.stride * square))
         if size <= tol:
-            return Solved(cdf, method, iteration)
-        best, stuck = (size, 0) if size < 0.9 * best else (best, stuck + 1)
-        if coarse is not None:
-            if stuck >= 20 or size > 1e3 * best:  # the chain has more to it than its average
-                coarse = None
-                continue
-            cdf += coarse.correction(change)
+            return laws, k
     raise ArithmeticError(f"tol = {tol!r} is out of reach: the residual is {best:.1e} after {enough} iterations")
 
 
-def _compiles(operator: Linear) -> bool:
-    """Whether compiled sweeps are to be had and worth their preparation."""
-    large = operator.shape[0] * operator.shape[1] > 50_000
-    return large and scipy.sparse.issparse(operator.shift.mdp.transitions) and find_spec("numba") is not None
+def _tables(operator: Linear, rhs: Floats | None, laws: Floats) -> Floats:
+    """The tables of pairs from the laws of states."""
+    cdf = operator.after(laws)
+    cdf += operator.constant if rhs is None else rhs
+    return cdf
 
 
-def _swept(operator: Linear, rhs: Floats, cdf: Floats, tol: float) -> Solved:
-    """Plain iteration, compiled."""
-    from nlhf.tabular import fast
+class _Sweeps(Protocol):
+    """A backup of the laws of states (S, m - 1): those laws, the largest squared change of a row, and, if visits are
+    watched, the average (m - 1,) of the change. Where an average of the last change was `left`, with the solution
+    `shared` of the equation that all states share, it is corrected for before.
+    """
 
-    sweeps = fast.Sweeps(operator.shift.mdp.transitions, operator.weights, operator.shift.matrix, rhs)
-    enough = 1000 + ceil(40 / max(1e-12, 1 - operator.shift.mdp.gamma))
-    with ThreadPoolExecutor(sweeps.workers) as pool:
-        for iteration in range(1, enough + 1):
-            cdf, squares = sweeps(cdf, pool)
-            if (size := sqrt(operator.stride * squares)) <= tol:
-                return Solved(cdf, "iteration", iteration)
-    raise ArithmeticError(f"tol = {tol!r} is out of reach: the residual is {size:.1e} after {enough} iterations")
+    def __call__(self, laws: Floats, left: Floats, shared: Floats) -> tuple[Floats, float, Floats]: ...
 
 
-def _moved_to_the_mean(operator: Linear, cdf: Floats) -> Floats:
-    """One law for all rows, each moved to where its mean must be: backups keep means, so that only shapes are left."""
-    atoms, shape = operator.shift.atoms, np.mean(cdf, axis=0)
-    mean = atoms[-1] - operator.stride * shape.sum()
-    apart = operator.shift.mdp.values(operator.weights).ravel() - mean
-    return np.stack([np.interp(atoms[:-1] - move, atoms[:-1], shape, left=0.0, right=1.0) for move in apart])
+def _sweeps(operator: Linear, rhs: Floats | None, visits: Floats | None) -> _Sweeps:
+    """Backups, compiled or as products."""
+    if operator.shift.compiles:
+        from nlhf.tabular.sweeps import Sweeps
 
+        return Sweeps(operator, rhs, visits)
+    known = operator.mixed(operator.constant if rhs is None else rhs)
 
-def _cheapest(operator: Linear, tol: float) -> str:
-    """By counting: what the iterations, the mixing of the chain and the width of the band will cost."""
-    (n, cells), gamma = operator.shape, operator.shift.mdp.gamma
-    product = _sweep_cost(operator)
-    digits = log(1 / max(tol, 1e-16))
-    mixing = _mixing(operator)
-    band = _bandwidth(operator)
-    costs = {
-        # means are right from the start, so that gamma^2 is what is left to wait for
-        "iteration": product * digits / max(1 - gamma**2, 1e-12),
-        "aggregation": product * digits / max(-log(max(min(mixing, 1 - 1e-9), 1e-3)), 1e-9) * 2.0
-        + _shared_cost(operator),
-        # LAPACK runs a wide band several times faster than a product streams its matrix; memory is another limit
-        "banded": 2.0 * n * cells * (2 * n * band) ** 2 / 8 if (6 * n * band) * n * cells < 5e8 else np.inf,
-    }
-    return min(costs, key=lambda name: costs[name])
+    def sweep(laws: Floats, left: Floats, shared: Floats) -> tuple[Floats, float, Floats]:
+        if visits is not None:
+            laws = laws + operator.mixed(operator.shift(np.broadcast_to(shared, operator.shape)))
+        new = operator.mixed(operator.after(laws)) + known
+        change = new - laws
+        return new, float(np.square(change).sum(axis=1).max()), left if visits is None else visits @ change
+
+    return sweep
 
 
 def _sweep_cost(operator: Linear) -> float:
-    """Of one application, about: multiplications by P, and what moving the atoms takes."""
+    """Of one backup, about: multiplications by P, and what moving the atoms takes."""
     n, cells = operator.shape
     return operator.shift.mdp.transitions.size * cells * 2.0 + 30.0 * n * cells
 
 
+def _plain_sweeps(operator: Linear, tol: float, means: bool) -> float:
+    """How many backups it takes alone: they contract by gamma, where means are right by gamma^2, and Gauss-Seidel takes
+    half of them.
+    """
+    gamma = operator.shift.mdp.gamma ** (2 if means else 1)
+    half = 0.5 if operator.shift.compiles and issparse(operator.shift.mdp.transitions) else 1.0
+    return half * log(1 / max(tol, 1e-16)) / max(1 - gamma, 1e-12)
+
+
 def _shared_cost(operator: Linear) -> float:
     """Of factorising the band of what all rows share, about."""
-    return 2.0 * operator.shape[1] * _bandwidth(operator) ** 2
+    return 2.0 * operator.shape[1] * sum(operator.shift.band) ** 2
 
 
-def _mixing(operator: Linear) -> float:
-    """About the second largest modulus of an eigenvalue of the chain of pairs, by power steps."""
-    mdp, weights = operator.shift.mdp, operator.weights
-    if mdp.n_states * mdp.n_actions == 1:
-        return 0.0
-    x = np.random.default_rng(0).standard_normal((mdp.n_states, mdp.n_actions))
-    stationary = operator.visits
-    rate, size = 1.0, np.inf
-    for _ in range(15):
-        before, size = size, 1.0
-        for _ in range(20):
-            x = mdp.expect(np.sum(weights * x, axis=1))
-            x -= np.sum(stationary * x.ravel()) / stationary.sum()
-        size = float(np.linalg.norm(x))
-        if size <= 1e-12:
-            return 1e-3
-        x /= size
-        rate, last = size ** (1 / 20), rate
-        if abs(log(rate) - log(last)) < 0.05 * abs(log(last)) or (before == np.inf and rate < 0.7):
-            break
-    return min(rate, 1.0)
+def _banded_cost(operator: Linear) -> float:
+    """Of factorising it all. LAPACK runs a wide band several times faster than a product streams its matrix."""
+    (n, cells), band = operator.shape, max(operator.shift.band)
+    return 2.0 * n * cells * (2 * n * band) ** 2 / 8 if (6 * n * band) * n * cells < 5e8 else inf
 
 
 class _Common:
-    """The part of a solution that all rows share: solved exactly, by weights of how often each is visited."""
+    """The part of the laws that all states share: (I - C) E = b, C the average of w D over the visits."""
 
     def __init__(self, operator: Linear) -> None:
-        self.operator, self.weights = operator, operator.visits
-        cells = operator.shape[1]
-        shift = operator.shift.matrix.tocoo()
-        held = shift.data != 0
-        row, i = np.divmod(shift.coords[0][held], cells)
-        j = shift.coords[1][held] - row * cells
-        value = shift.data[held] * (self.weights * operator.kept)[row]
-        below, above = int(max((i - j).max(initial=0), 0)), int(max((j - i).max(initial=0), 0))
-        height = 2 * below + above + 1
-        flat = np.bincount(j * height + below + above + i - j, -value, height * cells)
-        band = flat.reshape(height, cells, order="F")
-        band[below + above] += 1.0
-        self.below, self.above = below, above
-        self.lu, self.pivots, _ = lapack.dgbtrf(band, below, above)
+        cells, shares = operator.shape[1], (operator.visits[:, None] * operator.weights).ravel()
+        self.below, self.above = operator.shift.band
+        width, cell = self.below + self.above + 1, np.arange(cells)
+        band = np.zeros((2 * self.below + self.above + 1, cells), order="F")
+        for k in range(width):  # one comb of cells after the other: no two of its teeth meet in a row of C
+            row = operator.shift.average(shares, (cell % width == k).astype(np.float64))
+            column = cell - self.below + (k - cell + self.below) % width
+            held = (column >= 0) & (column < cells)
+            band[self.below + self.above + (cell - column)[held], column[held]] = -row[held]
+        band[self.below + self.above] += 1.0
+        self.lu, self.pivots, _ = lapack.dgbtrf(band, self.below, self.above)
 
-    def correction(self, change: Floats) -> Floats:
-        """T (1 x E) with (I - C) E = the average change."""
-        shared, _ = lapack.dgbtrs(self.lu, self.below, self.above, self.weights @ change, self.pivots)
-        moved = self.operator.shift(np.broadcast_to(shared, change.shape))
-        return moved if self.operator._certain else self.operator.kept[:, None] * moved
+    def solve(self, b: Floats) -> Floats:
+        """(m - 1,) E."""
+        return np.asarray(lapack.dgbtrs(self.lu, self.below, self.above, b, self.pivots)[0])
 
 
-def _bandwidth(operator: Linear) -> int:
-    """How many atoms r + gamma z moves a CDF value by, at most."""
-    _, cells = operator.shape
-    t, _ = operator.shift._landed
-    where = np.floor(t[..., :-1]) - np.arange(cells)
-    return int(np.abs(where).max()) + 2
-
-
-def _banded(operator: Linear, rhs: Floats) -> Floats:
+def _banded(operator: Linear, rhs: Floats | None) -> Floats:
     """LU of I - T with the unknowns ordered by atom first: n cells unknowns, half-bandwidth about n times the shift."""
     n, cells = operator.shape
     explicit = operator.explicit().tocoo()
+    rhs = operator.constant if rhs is None else rhs
     (row, i), (column, j) = np.divmod(explicit.coords[0], cells), np.divmod(explicit.coords[1], cells)
     at, to = i * n + row, j * n + column
     below, above = int(max((at - to).max(initial=0), 0)), int(max((to - at).max(initial=0), 0))

@@ -79,9 +79,9 @@ def _backup(chain: Any, theta: Floats, gamma: float, r: Floats, q: Floats) -> Fl
         order = np.argsort(theta, axis=None, kind="stable")
         rows, values = order // m, theta.ravel()[order]
         if find_spec("numba") is not None:
-            from nlhf.tabular import fast
+            from nlhf.tabular import sweeps
 
-            mixed = fast.quantiles(np.ascontiguousarray(chain), rows, values, m)
+            mixed = sweeps.quantiles(np.ascontiguousarray(chain), rows, values, m)
         else:
             mixed = np.empty_like(theta)
             for x in range(n):  # a table of all rows would not fit the cache

@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 from nlhf import NStep, QLambda, Retrace, metrics
 from nlhf.tabular import (
@@ -19,12 +19,11 @@ from nlhf.tabular import (
     SampledBackupSolver,
     categorical_fixed_point,
     certificate,
-    fixed_point,
     quantile_fixed_point,
     random_off_policy,
     return_distribution,
 )
-from nlhf.tabular.bellman import grid
+from nlhf.tabular.bellman import Linear, Shift, grid
 from nlhf.tabular.fixed_point import solve
 from nlhf.tabular.returns import project
 from tests.checks import assert_close
@@ -341,14 +340,52 @@ def test_constructors(distance: float) -> None:
         assert_close(p.values(target), q.values(target), atol=1e-12)
 
 
-def test_compiled_sweeps_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Iteration on sparse processes, compiled and not, with one action and with several."""
+def compiled(operator: Linear, compiles: bool = True) -> Linear:
+    """The same backup, forced to be compiled, or not to be, whatever its size."""
+    shift = Shift(operator.shift.mdp, operator.shift.atoms)
+    shift.__dict__["compiles"] = compiles
+    return Linear(shift, operator.weights)
+
+
+@given(processes(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_compiled_backups_are_the_products(process: Process, narrow: bool, seed: int) -> None:
+    """Claims 8 to 14 for the compiled operator, on signed tables; a grid too narrow clips alike. Values are at most 1,
+    and rounding moves the borders between them by some roundings of an atom, in strides.
+    """
     pytest.importorskip("numba")
-    for mdp in (MDP.garnet(600, 3, 0.9, 0), MDP.windy_grid(16, 0.9)):
-        found = categorical_fixed_point(mdp, mdp.uniform, 101, 1e-10, "iteration")
-        with monkeypatch.context() as patch:
-            patch.setattr(fixed_point, "find_spec", lambda name: None)
-            plain = categorical_fixed_point(mdp, mdp.uniform, 101, 1e-10, "iteration")
-        assert_close(found.probs, plain.probs, atol=1e-13)
-        assert found.iterations == plain.iterations
+    mdp, policy, _, m = process
+    assume(mdp.gamma >= 0.5)
+    atoms = grid(mdp, m)
+    if narrow:
+        atoms = np.linspace(0.7 * atoms[0] + 0.3 * atoms[-1], 0.4 * atoms[0] + 0.6 * atoms[-1], m)
+    plain = compiled(Linear(Shift(mdp, atoms), policy), False)
+    rng = np.random.default_rng(seed)
+    cdf = rng.uniform(-1, 1, plain.shape)
+    rounding = 4e-15 * (10 * m + np.abs(atoms).max() / plain.stride)
+    assert_close(compiled(plain)(cdf), plain(cdf), atol=rounding)
+    one, other = (operator.shift.average(policy.ravel(), cdf[0]) for operator in (compiled(plain), plain))
+    assert_close(one, other, atol=mdp.n_states * rounding)
+
+
+@given(
+    processes(gamma_max=0.9), st.sampled_from(["aggregation", "iteration"]), st.booleans(), st.integers(0, 2**32 - 1)
+)
+def test_compiled_sweeps_find_the_same(process: Process, method: str, signed: bool, seed: int) -> None:
+    """Both within tol / (1 - sqrt(gamma)) of one fixed point, in Cramér's norm, whatever the right-hand side."""
+    pytest.importorskip("numba")
+    assume(process.mdp.gamma >= 0.5)
+    plain, tol = compiled(linear(process), False), 1e-11
+    rhs = np.random.default_rng(seed).uniform(-1, 1, plain.shape) if signed else None
+    tol *= plain.stride**0.5 * (plain.shape[1] ** 0.5)
+    found, expected = (solve(operator, rhs, tol, method).cdf for operator in (compiled(plain), plain))
+    assert plain.cramer(found - expected) <= 2 * tol / (1 - process.mdp.gamma**0.5)
+
+
+def test_large_processes_compile() -> None:
+    """What is solved by default: sparse and dense, one action and several, each with a residual as asked for."""
+    pytest.importorskip("numba")
+    for mdp in (MDP.garnet(600, 3, 0.9, 0), MDP.windy_grid(16, 0.9), MDP.dirichlet(600, 1.0, 0.9, 0)):
+        assert Shift(mdp, grid(mdp, 101)).compiles
+        found = categorical_fixed_point(mdp, mdp.uniform, 101, 1e-10)
         assert found.residual <= 1e-10
+        assert_close(found.returns.mean, mdp.values(mdp.uniform), atol=1e-8)
