@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -14,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nlhf.llm.data import Prompt
+from nlhf.llm.folders import converted, quiet_in_a_pipe, write_adapter, write_model
+from nlhf.llm.llama import Llama, supported
 from nlhf.llm.policy import Params, TokenPolicy, alive
 
 
 class CausalLM(TokenPolicy):
-    """A pretrained language model. Prompts are strings; responses are rows of tokens, (B, n, T) padded at the end.
+    """A pretrained language model. Responses are rows of tokens, (B, n, T) padded at the end. A prompt is a string, the
+    user's first turn, or a conversation, a tuple of messages (`nlhf.llm.data.Prompt`).
 
     The network is shared by every policy made of it and is never changed: a policy is the network called with
     parameters of its own. With LoRA these are the adapters, a few megabytes, and the reference is the policy whose
@@ -38,6 +41,7 @@ class CausalLM(TokenPolicy):
             raise ValueError("tokenizer must have an end-of-sequence token, got none")
         self.network, self.tokenizer, self.params = network, tokenizer, params
         self.length, self.eos = max_new_tokens, tokenizer.eos_token_id
+        self.llama = Llama.of(network) if supported(network) else None
 
     @classmethod
     def from_pretrained(
@@ -61,33 +65,69 @@ class CausalLM(TokenPolicy):
 
         Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
         """
-        file, options = _locate(Path(path))
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import logging
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(file, **options, local_files_only=True)
-        network: Any = AutoModelForCausalLM.from_pretrained(file, **options, dtype=dtype, local_files_only=True)
+        network, tokenizer = load_pretrained(path, dtype)
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
-            from peft import LoraConfig, get_peft_model
+            network = with_adapters(network, lora_rank, "CAUSAL_LM")
+        return cls(network.eval(), tokenizer, trainable(network, seed), max_new_tokens)
 
-            adapters = LoraConfig(
-                r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers deprecates
-                network = get_peft_model(network, adapters)
-        generator = torch.Generator().manual_seed(seed)
-        params = {
-            name: _initial_adapter(name, p, generator) if "lora_" in name else p.detach()
-            for name, p in network.named_parameters()
-            if p.requires_grad
-        }
-        return cls(network.eval(), tokenizer, params, max_new_tokens)
+    @classmethod
+    def from_scratch(
+        cls,
+        *,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        max_new_tokens: int = 32,
+        lora_rank: int | None = None,
+        seed: int = 0,
+    ) -> CausalLM:
+        """A small Llama over bytes with random weights, N(0, 1 / fan_in), that knows nothing: for tests.
+
+        >>> policy = CausalLM.from_scratch(width=8, layers=1, heads=2, max_new_tokens=4)
+        >>> policy.sample(["Hello!"], 2, torch.Generator().manual_seed(0))[0].shape
+        torch.Size([1, 2, 4])
+        """
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = bytes_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
+            network: Any = LlamaForCausalLM(config)
+        draw_weights(network, seed)
+        network.requires_grad_(lora_rank is None)
+        if lora_rank is not None:
+            network = with_adapters(network, lora_rank, "CAUSAL_LM")
+        return cls(network.eval(), tokenizer, trainable(network, seed), max_new_tokens)
+
+    def save_pretrained(self, folder: str | PathLike[str], *, adapter_only: bool = False) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: weights, configuration and tokenizer.
+
+        Weights are kept to the last bit. Adapters are merged into them, W + s B A rounded to the precision of W, so
+        that log-probabilities agree to rounding only.
+
+        Args:
+            folder: written as a whole or not at all; an older copy is replaced.
+            adapter_only: write the adapters instead, to the last bit, for `peft.PeftModel.from_pretrained`.
+
+        Raises ValueError if there are no adapters to write, FileExistsError if `folder` holds other files.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     CausalLM.from_scratch(width=8, layers=1, heads=2).save_pretrained(folder)
+        ...     CausalLM.from_pretrained(folder)
+        CausalLM(PeftModelForCausalLM, trainable=1536, max_new_tokens=32)
+        """
+        if not adapter_only:
+            write_model(Path(folder), self.network, self.params, self.tokenizer)
+        elif hasattr(self.network, "peft_config"):
+            write_adapter(Path(folder), self.network, self.params, self.tokenizer)
+        else:
+            raise ValueError("adapter_only must be False for a model without adapters, got True")
 
     def text(self, y: Tensor) -> list[list[str]]:
         """The responses (B, n, T) as strings, without their end tokens."""
@@ -97,41 +137,82 @@ class CausalLM(TokenPolicy):
         ]
         return [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in kept]
 
-    def encode(self, x: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """(B, L) tokens of the prompts, padded on the left, and the mask (B, L) of what is not padding."""
-        rows = [self._prompt_tokens(prompt) for prompt in x]
+        rows = [prompt_tokens(self.tokenizer, prompt) for prompt in x]
         longest = max(map(len, rows))
         padding = self.tokenizer.eos_token_id
         padded = [[padding] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(padded), torch.tensor(mask)
+        at = next(iter(self.params.values())).device
+        return torch.tensor(padded, device=at), torch.tensor(mask, device=at)
 
-    def _prompt_tokens(self, prompt: str) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(prompt)["input_ids"])
-        turn = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def log_prob(self, x: Sequence[Prompt], y: Tensor) -> Tensor:
+        """(B, n) log pi(y | x), end token included, in nats."""
+        kept = alive(y, self.eos)
+        y = y[..., : (longest := int(kept.sum(-1).max()))]  # what every response has ended before is not read
+        if self.llama is None:
+            logits = self._logits(x, y)
+            # gather before normalising: no second tensor of the vocabulary's size
+            chosen = logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        else:
+            chosen = self.llama.log_prob(self._weights(), *self.encode(x), y)
+        return chosen.masked_fill(~kept[..., :longest], 0.0).sum(-1)
 
-    def _logits(self, x: Sequence[str], y: Tensor) -> Tensor:
+    def next_log_probs(self, x: Sequence[Prompt], y: Tensor) -> Tensor:
+        """(B, n, T, V) log pi(. | x, y_<t)."""
+        if self.llama is not None:
+            return self.llama.logits(self._weights(), *self.encode(x), y).log_softmax(-1)
+        return self._logits(x, y).log_softmax(-1)
+
+    def start(self, x: Sequence[Prompt], n: int) -> tuple[Tensor, Any]:
+        """(B n, V) logits of the first token; every prompt is read once for its n responses."""
+        if self.llama is not None:
+            return self.llama.prefill(self._weights(), *self.encode(x), n, self.length)
+        return self._read(x, n)
+
+    def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """(rows, V) logits of the next token."""
+        if self.llama is not None:
+            return self.llama.decode(tokens, cache), cache
+        past, mask = cache
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        out = self._call(tokens[:, None], mask, use_cache=True, past_key_values=past)
+        return out.logits[:, -1].float(), (out.past_key_values, mask)
+
+    def keep(self, cache: Any, rows: Tensor) -> Any:
+        """These rows of a cache alone."""
+        if self.llama is not None:
+            return cache.keep(rows)
+        past, mask = cache
+        past.batch_select_indices(rows)
+        return past, mask[rows]
+
+    def _weights(self) -> Params:
+        """All parameters by name; without adapters that change nothing, which is how the reference is told apart."""
+        params, fixed = self.params, {name: p for name, p in self.network.named_parameters() if name not in self.params}
+        idle = [p for name, p in params.items() if "lora_B" in name and not p.requires_grad]
+        if idle and not any(p.any() for p in idle):
+            params = {name: p for name, p in params.items() if "lora_" not in name}
+        return {**fixed, **params}
+
+    def _logits(self, x: Sequence[Prompt], y: Tensor) -> Tensor:
         """(B, n, T, V) logits before every token of y, in float32; every prompt is read once for its n responses."""
-        tokens = y.flatten(0, 1)
+        tokens, T = y.flatten(0, 1), y.shape[-1]
         first, (past, mask) = self._read(x, y.shape[1])
         logits = first[:, None]
-        if self.length > 1:
+        if T > 1:
             mask = torch.cat([mask, alive(tokens, self.eos)[:, :-1].long()], 1)
             rest = self._call(tokens[:, :-1], mask, past_key_values=past, use_cache=True).logits
             logits = torch.cat([logits, rest.float()], 1)
         return logits.unflatten(0, y.shape[:2])
 
-    def _read(self, x: Sequence[str], n: int) -> tuple[Tensor, Any]:
+    def _read(self, x: Sequence[Prompt], n: int) -> tuple[Tensor, Any]:
         tokens, mask = self.encode(x)
         out = self._call(tokens, mask, use_cache=True, logits_to_keep=1)
         out.past_key_values.batch_repeat_interleave(n)
-        return out.logits[:, -1].float().repeat_interleave(n, 0), (
-            out.past_key_values,
-            mask.repeat_interleave(n, 0),
-        )
+        past = out.past_key_values, mask.repeat_interleave(n, 0)
+        return out.logits[:, -1].float().repeat_interleave(n, 0), past
 
     def _call(self, tokens: Tensor, mask: Tensor, **options: Any) -> Any:
         # Positions count real tokens only: left padding must not shift them.
@@ -139,32 +220,66 @@ class CausalLM(TokenPolicy):
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **options}
         return functional_call(self.network, dict(self.params), (), inputs)
 
-    def log_prob(self, x: Sequence[str], y: Tensor) -> Tensor:
-        """(B, n) log pi(y | x), end token included, in nats."""
-        logits = self._logits(x, y)
-        # gather before normalising: no second tensor of the vocabulary's size
-        chosen = logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
-        return chosen.masked_fill(~alive(y, self.eos), 0.0).sum(-1)
-
-    def next_log_probs(self, x: Sequence[str], y: Tensor) -> Tensor:
-        """(B, n, T, V) log pi(. | x, y_<t)."""
-        return self._logits(x, y).log_softmax(-1)
-
-    def start(self, x: Sequence[str], n: int) -> tuple[Tensor, Any]:
-        """(B n, V) log-probabilities of the first token; every prompt is read once for its n responses."""
-        logits, cache = self._read(x, n)
-        return logits.log_softmax(-1), cache
-
-    def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """(B n, V) log-probabilities of the next token."""
-        past, mask = cache
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = self._call(tokens[:, None], mask, use_cache=True, past_key_values=past)
-        return out.logits[:, -1].float().log_softmax(-1), (out.past_key_values, mask)
-
     def __repr__(self) -> str:
         weights = sum(p.numel() for p in self.params.values())
         return f"CausalLM({type(self.network).__name__}, trainable={weights}, max_new_tokens={self.length})"
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens before a response: the prompt in the chat template, or the bare string where there is no template.
+
+    Raises ValueError for a conversation without a template to write it in.
+    """
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [m._asdict() for m in prompt]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a string for a tokenizer without a chat template, got {prompt!r}")
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def load_pretrained(path: str | PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
+    """The `transformers` causal model and the tokenizer of a local folder or GGUF file. Nothing is unpickled.
+
+    Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
+    """
+    file, options = _locate(Path(path))
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
+    quiet_in_a_pipe()
+
+    def load(file: Path, **options: Any) -> tuple[Any, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(file, local_files_only=True, **options)
+        options |= {"local_files_only": True, "dtype": dtype, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(file, **options), tokenizer
+
+    if options:
+        found = converted(file / options["gguf_file"], lambda: load(file, **options), dtype)
+        return load(found) if isinstance(found, Path) else found
+    return load(file)
+
+
+def with_adapters(network: Any, rank: int, task: str) -> Any:
+    """The network with LoRA adapters on every linear layer, for a task that peft knows by this name."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers deprecates
+        return get_peft_model(network, adapters)
+
+
+def trainable(network: nn.Module, seed: int) -> dict[str, Tensor]:
+    """The parameters to train by name: adapters as LoRA starts them, drawn from the seed, the others as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: _initial_adapter(name, p, generator) if "lora_" in name else p.detach()
+        for name, p in network.named_parameters()
+        if p.requires_grad
+    }
 
 
 def _locate(path: Path) -> tuple[Path, dict[str, str]]:
@@ -185,3 +300,24 @@ def _initial_adapter(name: str, like: Tensor, generator: torch.Generator) -> Ten
         return torch.zeros(like.shape)
     bound = 1 / math.sqrt(like.shape[1])
     return torch.empty(like.shape).uniform_(-bound, bound, generator=generator)
+
+
+def bytes_tokenizer() -> Any:
+    """Every byte is a token, and there is an end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def draw_weights(network: nn.Module, seed: int) -> None:
+    """Set every matrix to N(0, 1 / fan_in), in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.ndim == 2:
+                p.normal_(0.0, p.shape[1] ** -0.5, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
@@ -27,6 +27,26 @@ class Batch(NamedTuple):
     eta: float
     calls: int
     """Win probabilities looked up for `win`."""
+    share: Tensor
+    """(B,) the weight of a prompt in the loss."""
+
+    def parts(self, size: int | None) -> Iterator[Batch]:
+        """The batch in parts of at most so many prompts."""
+        for at in slices(len(self.share), size):
+            some: dict[str, Any] = {
+                name: v if v is ... else v[at] for name, v in self._asdict().items() if name in ROWS
+            }
+            yield self._replace(**some)
+
+
+ROWS = ("x", "y", "log_law", "weight", "log_anchor", "win", "share")
+"""What of a batch has a row for each prompt."""
+
+
+def slices(count: int, size: int | None) -> list[slice]:
+    """0 ... count in pieces of at most `size`."""
+    step = size or count
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 Loss: TypeAlias = Callable[[Tensor, Batch], Tensor]

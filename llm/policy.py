@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -17,6 +18,8 @@ from nlhf.llm.decode import sample
 from nlhf.metrics import table
 
 Params: TypeAlias = Mapping[str, Tensor]
+MEMORY = " of the optimiser"
+"""Ends the names under which a checkpoint holds a policy's memory."""
 
 
 class TokenPolicy(ABC):
@@ -26,6 +29,8 @@ class TokenPolicy(ABC):
     """
 
     params: Params
+    memory: Params = MappingProxyType({})
+    """What the optimiser that made this policy remembers, by parameter and name: the next one goes on from it."""
     length: int
     """T, the most tokens a response has."""
     eos: int | None = None
@@ -37,11 +42,15 @@ class TokenPolicy(ABC):
 
     @abstractmethod
     def start(self, x: Any, n: int) -> tuple[Tensor, Any]:
-        """(B n, V) log-probabilities of the first token, and the cache of the prefix; n rows per prompt, adjacent."""
+        """(B n, V) logits of the first token, and the cache of the prefix; n rows per prompt, adjacent."""
 
     @abstractmethod
     def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """(B n, V) log-probabilities of the next token after appending tokens (B n,) to the prefix of the cache."""
+        """(rows, V) logits of the next token after appending tokens (rows,) to the prefixes of the cache."""
+
+    def keep(self, cache: Any, rows: Tensor) -> Any:
+        """These rows of a cache alone; asked only of a policy with an end token."""
+        raise NotImplementedError
 
     def spell(self, y: Any) -> Tensor:
         """(B, n, T) the tokens of responses y; (1, n, T) of all responses, y = ..., which every prompt shares."""
@@ -57,13 +66,13 @@ class TokenPolicy(ABC):
 
     def sample(self, x: Any, n: int, generator: torch.Generator) -> tuple[Any, Tensor]:
         """n responses per prompt, y (B, n), and their log pi(y | x) (B, n)."""
-        tokens, log_prob = sample([(self, 1.0)], x, n, generator)
+        ((tokens, log_prob),) = sample([([(self, 1.0)], n)], x, generator)
         return self.read(tokens), log_prob
 
-    def with_params(self, params: Params) -> Self:
+    def with_params(self, params: Params, memory: Params = MappingProxyType({})) -> Self:
         """This network with other parameters."""
         policy = copy.copy(self)
-        policy.params = params
+        policy.params, policy.memory = params, memory
         return policy
 
     def freeze(self) -> Self:
@@ -75,12 +84,26 @@ class TokenPolicy(ABC):
         return self.with_params({name: torch.lerp(p, other.params[name], weight) for name, p in self.params.items()})
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The parameters, for a checkpoint."""
-        return {name: p.numpy(force=True).copy() for name, p in self.params.items()}
+        """The parameters and the memory, for a checkpoint; bfloat16, which NumPy lacks, as its bits."""
+        kept = {**self.params} | {f"{name}{MEMORY}": value for name, value in self.memory.items()}
+        return {name: _bits(p.detach()).numpy(force=True).copy() for name, p in kept.items()}
 
     def replace(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Self:
-        """This network with the parameters of a checkpoint."""
-        return self.with_params({name: torch.as_tensor(arrays[name]).to(p) for name, p in self.params.items()})
+        """This network with the parameters and the memory of a checkpoint."""
+        params = {name: _from_bits(arrays[name], p) for name, p in self.params.items()}
+        memory = {
+            name.removesuffix(MEMORY): torch.as_tensor(array) for name, array in arrays.items() if name.endswith(MEMORY)
+        }
+        return self.with_params(params, memory)
+
+
+def _bits(p: Tensor) -> Tensor:
+    return p.view(torch.int16) if p.dtype == torch.bfloat16 else p
+
+
+def _from_bits(array: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+    value = torch.as_tensor(array)
+    return (value.view(torch.bfloat16) if like.dtype == torch.bfloat16 else value).to(like)
 
 
 def alive(tokens: Tensor, eos: int | None) -> Tensor:
@@ -175,5 +198,5 @@ class TokenMixture:
 
     def sample(self, x: Any, n: int, generator: torch.Generator) -> tuple[Any, Tensor]:
         """n responses per prompt, y (B, n), decoded with one cache per part, and their log-probabilities (B, n)."""
-        tokens, log_prob = sample(self.parts, x, n, generator)
+        ((tokens, log_prob),) = sample([(self.parts, n)], x, generator)
         return self.parts[0][0].read(tokens), log_prob

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -12,12 +12,18 @@ from torch import Tensor
 from torch.optim import LBFGS, Adam, Optimizer
 
 from nlhf.core import Info, Mixture, Prox
-from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, squared_residual, variance
-from nlhf.llm.policy import TokenMixture, TokenPolicy
+from nlhf.llm.decode import sample
+from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, slices, squared_residual, variance
+from nlhf.llm.policy import Params, TokenMixture, TokenPolicy
+from nlhf.llm.processes import add_up, own, place
 from nlhf.schedules import check_count
 
 P = TypeVar("P", bound=TokenPolicy)
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
+Losses: TypeAlias = Callable[[P, int], Iterator[Tensor]]
+"""(policy, step) -> the loss in parts, each differentiated before the next is worked out."""
+STEPS = "steps"
+"""The name under which a policy remembers the steps of its optimiser."""
 HeldOut: TypeAlias = tuple[Batch, Batch]
 """Responses that are not fitted, judged twice, against separate opponents."""
 
@@ -25,6 +31,8 @@ HeldOut: TypeAlias = tuple[Batch, Batch]
 @dataclass(frozen=True)
 class Enumerate:
     """Expectations as sums over all responses: exact, where they can be listed."""
+
+    micro = None
 
     def batches(self, prox: Prox, game: Any, generator: torch.Generator | None) -> tuple[Batch, HeldOut]:
         """All responses, twice: nothing can be held out. Their law is half uniform, half the anchor's policies.
@@ -38,7 +46,8 @@ class Enumerate:
         for opponent, weight in prox.opponents:
             win += weight * (matrix @ opponent.log_prob(..., ...).softmax(-1)[..., None]).squeeze(-1)
         calls = len(prox.opponents) * int(game.matrix.size)
-        batch = Batch(..., ..., log_law, log_law.exp(), anchor, win, prox.eta, calls)
+        share = _shares(game).to(anchor)
+        batch = Batch(..., ..., log_law, log_law.exp(), anchor, win, prox.eta, calls, share)
         again = batch._replace(calls=0)
         return batch, (again, again)
 
@@ -53,82 +62,138 @@ class Sample:
 
     Responses are drawn in equal parts from the policies that the anchor mixes (for Nash-MD the current policy and the
     reference), so that no response that either of them knows is starved. An opponent that is a geometric mixture
-    is decoded token by token, `TokenMixture`, which is another law. A quarter as many responses again are held
-    out to measure `prox_residual`.
+    is decoded token by token, `TokenMixture`, which is another law. What is drawn at a time is decoded together.
 
     Args:
         n: responses per prompt, at least 2.
         opponents: responses of the opponent per prompt, at least 2; n by default.
         correct: weigh the samples of a mixture by `TokenMixture.log_weight`, self-normalised, so that they stand for
             the mixture of whole responses. Right for short responses; for long ones a few weights take all.
+        prompts: how many prompts are drawn for each batch, all by default.
+        micro: how many of them are differentiated through at a time, all by default; the gradient is the same.
+        held: responses per prompt that are held out, against an eighth of the opponents, to measure `prox_residual`; by
+            default a quarter of n, at least 4. 0 does not measure it.
 
-    Raises ValueError for fewer than two.
+    Raises ValueError for numbers that are too small.
     """
 
     n: int
     opponents: int | None = None
     correct: bool = True
+    prompts: int | None = None
+    micro: int | None = None
+    held: int | None = None
 
     def __post_init__(self) -> None:
         check_count("n", self.n, 2)
-        if self.opponents is not None:
-            check_count("opponents", self.opponents, 2)
+        for name, least in (("opponents", 2), ("prompts", 1), ("micro", 1), ("held", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
 
     @property
     def m(self) -> int:
         """Responses of the opponent per prompt."""
         return self.n if self.opponents is None else self.opponents
 
-    def batches(self, prox: Prox, game: Any, generator: torch.Generator) -> tuple[Batch, HeldOut]:
+    def batches(self, prox: Prox, game: Any, generator: torch.Generator) -> tuple[Batch, HeldOut | None]:
         """Responses to fit and responses held out, decoded together."""
-        (batch,), (one, two) = self._blocks(prox, game, generator, [(self.n, [self.m]), self._held])
-        return batch, (one, two)
+        (batch,), *held = self._blocks(prox, game, generator, [(self.n, [self.m]), *self._held])
+        return batch, (held[0][0], held[0][1]) if held else None
 
-    def held_out(self, prox: Prox, game: Any, generator: torch.Generator) -> HeldOut:
-        """A quarter as many responses, judged against two groups of an eighth as many opponents."""
-        ((one, two),) = self._blocks(prox, game, generator, [self._held])
-        return one, two
+    def held_out(self, prox: Prox, game: Any, generator: torch.Generator) -> HeldOut | None:
+        """Responses that are not fitted, judged against two groups of opponents."""
+        blocks = self._blocks(prox, game, generator, self._held) if self._held else []
+        return (blocks[0][0], blocks[0][1]) if blocks else None
+
+    def choose(self, game: Any, generator: torch.Generator) -> tuple[Any, Tensor]:
+        """Prompts and their weights in the loss: all, or some drawn without replacement, standing for all.
+
+        Of several processes each gets an equal part of them.
+        """
+        weights = torch.from_numpy(np.ravel(game.prompt_weights))
+        count = len(weights) if self.prompts is None else self.prompts
+        if count > len(weights):
+            raise ValueError(f"prompts must be at most the {len(weights)} that the game has, got {count}")
+        chosen = torch.arange(count) if self.prompts is None else torch.randperm(len(weights), generator=generator)
+        chosen = chosen[:count][own(count)]
+        share = weights[chosen] * (len(weights) / count)
+        if isinstance(game.prompts, np.ndarray):
+            return game.prompts[chosen.numpy()], share
+        return tuple(game.prompts[i] for i in chosen.tolist()), share
 
     @property
-    def _held(self) -> tuple[int, list[int]]:
-        return max(4, self.n // 4), [max(2, self.m // 8)] * 2
+    def _held(self) -> list[tuple[int, list[int]]]:
+        n = max(4, self.n // 4) if self.held is None else self.held
+        return [(n, [max(2, self.m // 8)] * 2)] if n else []
 
     @torch.no_grad()
     def _blocks(
         self, prox: Prox, game: Any, generator: torch.Generator, sizes: list[tuple[int, list[int]]]
     ) -> list[list[Batch]]:
         """For every (n, groups) n fresh responses, and a batch of them against each group of fresh opponents."""
-        x = game.prompts
+        x, prompt_share = self.choose(game, generator)
         parts = [policy for policy, weight in prox.anchor.parts if weight]
         shares = [[n // len(parts) + (i < n % len(parts)) for n, _ in sizes] for i in range(len(parts))]
-        drawn = [part.sample(x, sum(s), generator)[0].split(s, 1) for part, s in zip(parts, shares, strict=True)]
         wanted = [m for _, groups in sizes for m in groups]
-        against = [(self.draw(policy, x, wanted, generator), weight) for policy, weight in prox.opponents]
+        asked = [*zip(parts, shares, strict=True), *((policy, wanted) for policy, _ in prox.opponents)]
+        drawn = self.draw(asked, x, generator)
+        own, against = drawn[: len(parts)], drawn[len(parts) :]
         blocks, k = [], 0
-        for (n, groups), *pieces in zip(sizes, *drawn, strict=True):
+        for i, (n, groups) in enumerate(sizes):
+            pieces = [responses[i][0] for responses in own]
             y = torch.cat(pieces, 1)
             log_law, anchor = _law_and_anchor(prox, x, y, [piece.shape[1] / n for piece in pieces])
             block = []
             for m in groups:
-                win = torch.zeros_like(anchor)
-                for opponents, weight in against:
-                    z, share = opponents[k]
-                    judged = torch.as_tensor(game.win_prob(x, y, z)).to(anchor)
-                    win += weight * (judged @ share.to(anchor)[..., None]).squeeze(-1)
-                calls = len(x) * len(against) * n * m
-                block.append(Batch(x, y, log_law, torch.full_like(anchor, 1 / n), anchor, win, prox.eta, calls))
+                win = self.judge(prox, game, x, y, [opponents[k] for opponents in against]).to(anchor)
+                calls, weight = len(x) * len(against) * n * m, torch.full_like(anchor, 1 / n)
+                block.append(Batch(x, y, log_law, weight, anchor, win, prox.eta, calls, prompt_share.to(anchor)))
                 k += 1
             blocks.append(block)
         return blocks
 
     @torch.no_grad()
-    def draw(self, policy: Any, x: Any, groups: list[int], generator: torch.Generator) -> list[tuple[Any, Tensor]]:
-        """Groups of responses (B, m) of a policy or mixture, decoded together, and weights whose rows sum to one."""
-        mixture = TokenMixture.of(policy)
-        z, log_prob = mixture.sample(x, sum(groups), generator)
-        corrected = self.correct and len(mixture.parts) > 1
-        log_weight = mixture.log_weight(x, z) if corrected else torch.zeros_like(log_prob)
-        return [(y, w.softmax(-1)) for y, w in zip(z.split(groups, 1), log_weight.split(groups, 1), strict=True)]
+    def draw(
+        self, wanted: list[tuple[Any, list[int]]], x: Any, generator: torch.Generator
+    ) -> list[list[tuple[Any, Tensor]]]:
+        """Of each policy or mixture groups of so many responses (B, m), and weights whose rows sum to one."""
+        mixtures = [TokenMixture.of(policy) for policy, _ in wanted]
+        together: dict[Any, list[int]] = {}  # those that spell with the same tokens
+        for i, mixture in enumerate(mixtures):
+            together.setdefault((type(first := mixture.parts[0][0]), first.length), []).append(i)
+        found: dict[int, list[tuple[Any, Tensor]]] = {}
+        for some in together.values():
+            drawn = sample([(mixtures[i].parts, sum(wanted[i][1])) for i in some], x, generator)
+            for i, (tokens, log_prob) in zip(some, drawn, strict=True):
+                z, sizes = mixtures[i].parts[0][0].read(tokens), wanted[i][1]
+                corrected = self.correct and len(mixtures[i].parts) > 1
+                log_weight = mixtures[i].log_weight(x, z) if corrected else torch.zeros_like(log_prob)
+                pairs = zip(z.split(sizes, 1), log_weight.split(sizes, 1), strict=True)
+                found[i] = [(y, w.softmax(-1)) for y, w in pairs]
+        return [found[i] for i in range(len(wanted))]
+
+    def judge(self, prox: Prox, game: Any, x: Any, y: Any, against: list[tuple[Any, Tensor]]) -> Tensor:
+        """(B, n) P(y > opponent), over the responses (z, weights) of every opponent."""
+        terms = []
+        for (z, share), (_, weight) in zip(against, prox.opponents, strict=True):
+            judged = torch.as_tensor(game.win_prob(x, y, z)).to(share)
+            terms.append(weight * (judged @ share[..., None]).squeeze(-1))
+        return torch.stack(terms).sum(0)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A torch optimiser, a schedule for its learning rate, and a limit for its gradients.
+
+    Args:
+        optimizer: makes the optimiser from a list of tensors, for instance `partial(AdamW, lr=1e-5)`.
+        schedule: k -> the factor of the learning rate at step k = 0, 1, ...
+        max_norm: the largest Euclidean norm that a gradient keeps.
+    """
+
+    optimizer: MakeOptimizer
+    schedule: Callable[[int], float] | None = None
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +205,8 @@ class RegressionSolver:
         expectation: `Enumerate()` or `Sample(n)`.
         loss: `losses.variance`, `losses.logistic` or `losses.cross_entropy`.
         steps: optimiser steps per sub-problem, all on the same batch.
-        optimizer: makes the optimiser from a list of tensors; L-BFGS with a line search by default.
+        optimizer: makes the optimiser from a list of tensors, or a `Descent`; it goes on from one sub-problem to the
+            next. By default L-BFGS with a line search, which begins anew.
 
     >>> from nlhf import MirrorProx, run
     >>> from nlhf.llm import Enumerate, LogitTable
@@ -158,17 +224,18 @@ class RegressionSolver:
     expectation: Enumerate | Sample = Enumerate()
     loss: Loss = variance
     steps: int = 10
-    optimizer: MakeOptimizer | None = None
+    optimizer: MakeOptimizer | Descent | None = None
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         generator = _generator(self.expectation, seed)
         batch, held_out = self.expectation.batches(prox, self.game, generator)  # type: ignore[arg-type]
 
-        def loss(policy: P) -> Tensor:
-            return _over_prompts(self.loss(policy.log_prob(batch.x, batch.y), batch), self.game)
+        def losses(policy: P, step: int) -> Iterator[Tensor]:
+            for part in batch.parts(self.expectation.micro):
+                yield self.loss(policy.log_prob(part.x, part.y), part) @ part.share
 
-        policy = _fit(start, loss, self.steps, self.optimizer)
-        return policy, _info(policy, held_out, self.game, batch.calls)
+        policy = _fit(start, losses, self.steps, self.optimizer)
+        return policy, _info(policy, held_out, batch.calls)
 
 
 @dataclass(frozen=True)
@@ -186,28 +253,33 @@ class ContrastiveSolver:
     game: Any
     expectation: Enumerate | Sample = Enumerate()
     steps: int = 10
-    optimizer: MakeOptimizer | None = None
+    optimizer: MakeOptimizer | Descent | None = None
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         if isinstance(prox.opponent, Mixture):
             raise ValueError("pairs cannot be drawn from a signed list of opponents: use RegressionSolver")
-        generator, game = _generator(self.expectation, seed), self.game
-        if isinstance(self.expectation, Sample):
-            x = game.prompts
-            ((y, weight),) = self.expectation.draw(prox.opponent, x, [self.expectation.n], generator)  # type: ignore[arg-type]
+        generator, game, expectation = _generator(self.expectation, seed), self.game, self.expectation
+        if isinstance(expectation, Sample):
+            x, share = expectation.choose(game, generator)  # type: ignore[arg-type]
+            ((drawn,),) = expectation.draw([(prox.opponent, [expectation.n])], x, generator)  # type: ignore[arg-type]
+            y, weight = drawn
         else:
             x = y = ...
             weight = prox.opponent.log_prob(..., ...).softmax(-1)
+            share = _shares(game)
         win = torch.tensor(game.win_prob(x, y, y)).to(weight)
         with torch.no_grad():
             anchor = torch.as_tensor(prox.anchor.log_prob(x, y))
+        batch = Batch(x, y, torch.zeros_like(anchor), weight, anchor, win, prox.eta, win.numel(), share.to(anchor))
 
-        def loss(policy: P) -> Tensor:
-            return _over_prompts(ipo(policy.log_prob(x, y) - anchor, win, weight, prox.eta), game)
+        def losses(policy: P, step: int) -> Iterator[Tensor]:
+            for part in batch.parts(expectation.micro):
+                h = policy.log_prob(part.x, part.y) - part.log_anchor
+                yield ipo(h, part.win, part.weight, part.eta) @ part.share
 
-        policy = _fit(start, loss, self.steps, self.optimizer)
-        held_out = self.expectation.held_out(prox, game, generator)  # type: ignore[arg-type]
-        return policy, _info(policy, held_out, game, win.numel())
+        policy = _fit(start, losses, self.steps, self.optimizer)
+        held_out = expectation.held_out(prox, game, generator)  # type: ignore[arg-type]
+        return policy, _info(policy, held_out, batch.calls)
 
 
 @dataclass(frozen=True)
@@ -227,87 +299,146 @@ class PolicyGradientSolver:
     game: Any
     expectation: Enumerate | Sample = Enumerate()
     steps: int = 20
-    optimizer: MakeOptimizer | None = None
+    optimizer: MakeOptimizer | Descent | None = None
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         generator, game, expectation = _generator(self.expectation, seed), self.game, self.expectation
         if isinstance(expectation, Sample):
             held_out = expectation.held_out(prox, game, generator)  # type: ignore[arg-type]
-            policy = _fit(start, self._sampled(prox, generator), self.steps, self.optimizer or _adam)  # type: ignore[arg-type]
-            calls = self.steps * len(game.prompts) * len(prox.opponents) * expectation.n * expectation.m
-        else:
-            batch, held_out = expectation.batches(prox, game, None)
-            calls = batch.calls
+            losses = self._sampled(prox, start, generator)  # type: ignore[arg-type]
+            policy = _fit(start, losses, self.steps, self.optimizer or _adam)
+            asked = (expectation.prompts or len(game.prompts)) // place()[1]
+            return policy, _info(
+                policy, held_out, self.steps * asked * len(prox.opponents) * expectation.n * expectation.m
+            )
+        batch, held_out = expectation.batches(prox, game, None)
 
-            def loss(policy: P) -> Tensor:
-                log_prob = policy.log_prob(..., ...)
-                gain = batch.win - (log_prob - batch.log_anchor) / prox.eta
-                return -_over_prompts((log_prob.exp() * gain).sum(-1), game)
+        def loss(policy: P, step: int) -> Iterator[Tensor]:
+            log_prob = policy.log_prob(..., ...)
+            gain = batch.win - (log_prob - batch.log_anchor) / prox.eta
+            yield -(log_prob.exp() * gain).sum(-1) @ batch.share
 
-            policy = _fit(start, loss, self.steps, self.optimizer)
-        return policy, _info(policy, held_out, game, calls)
+        policy = _fit(start, loss, self.steps, self.optimizer)
+        return policy, _info(policy, held_out, batch.calls)
 
-    def _sampled(self, prox: Prox, generator: torch.Generator) -> Callable[[P], Tensor]:
+    def _sampled(self, prox: Prox, start: P, generator: torch.Generator) -> Losses[P]:
         game, expectation = self.game, self.expectation
         assert isinstance(expectation, Sample)
 
-        def loss(policy: P) -> Tensor:
-            x = game.prompts
-            with torch.no_grad():
-                y, _ = policy.sample(x, expectation.n, generator)
-                anchor = torch.as_tensor(prox.anchor.log_prob(x, y))
-                win = torch.zeros_like(anchor)
-                for opponent, weight in prox.opponents:
-                    ((z, share),) = expectation.draw(opponent, x, [expectation.m], generator)
-                    judged = torch.as_tensor(game.win_prob(x, y, z)).to(anchor)
-                    win += weight * (judged @ share.to(anchor)[..., None]).squeeze(-1)
-            return _over_prompts(policy_gradient(policy.log_prob(x, y), anchor, win, prox.eta), game)
+        def losses(policy: P, step: int) -> Iterator[Tensor]:
+            x, share = expectation.choose(game, generator)
+            # the same law as `start` at first, which the opponent may be made of: then one batch decodes both
+            current = policy if step else start
+            wanted = [(current, [expectation.n]), *((opponent, [expectation.m]) for opponent, _ in prox.opponents)]
+            ((y, _),), *against = expectation.draw(wanted, x, generator)
+            win = expectation.judge(prox, game, x, y, [opponents[0] for opponents in against])
+            for at in slices(len(x), expectation.micro):
+                log_prob = policy.log_prob(x[at], y[at])
+                anchor = torch.zeros_like(log_prob)
+                for part, weight in prox.anchor.parts:
+                    if weight:  # a policy is not read a second time
+                        scored = log_prob.detach() if part is current else _scored(part, x[at], y[at])
+                        anchor += weight * scored
+                yield policy_gradient(log_prob, anchor, win[at].to(anchor), prox.eta) @ share[at].to(anchor)
 
-        return loss
+        return losses
 
 
-def _fit(start: P, loss: Callable[[P], Tensor], steps: int, optimizer: MakeOptimizer | None) -> P:
-    """The policy that `steps` of the optimiser make of `start`, which is left as it is."""
+def _fit(start: P, losses: Losses[P], steps: int, optimizer: MakeOptimizer | Descent | None) -> P:
+    """The policy that `steps` of the optimiser make of `start`, which is left as it is.
+
+    An optimiser goes on with what it remembers from `start`; L-BFGS, the default, begins anew.
+    """
+    check_count("steps", steps, 1)
     params = {name: p.detach().clone().requires_grad_() for name, p in start.params.items()}
     policy = start.with_params(params)
-    check_count("steps", steps, 1)
-    searcher = (optimizer or _lbfgs(steps))(list(params.values()))
-    scale = 1.0 if optimizer else 0.0
+    if optimizer is None:
+        _search(policy, losses, steps)
+        return start.with_params({name: p.detach() for name, p in params.items()})
+    descent = optimizer if isinstance(optimizer, Descent) else Descent(optimizer)
+    searcher = descent.optimizer(list(params.values()))
+    done = _recall(searcher, list(params), start.memory)
+    rates = [group["lr"] for group in searcher.param_groups]
+    for step in range(steps):
+        searcher.zero_grad()
+        _differentiate(policy, losses(policy, step))
+        if descent.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params.values(), descent.max_norm, error_if_nonfinite=True)
+        for group, rate in zip(searcher.param_groups, rates, strict=True):
+            group["lr"] = rate * (descent.schedule(done + step) if descent.schedule else 1.0)
+        searcher.step()
+    memory = {
+        f"{name} {key}": value
+        for name, p in params.items()
+        for key, value in searcher.state.get(p, {}).items()
+        if isinstance(value, Tensor)
+    }
+    return start.with_params(
+        {name: p.detach() for name, p in params.items()}, {**memory, STEPS: torch.tensor(done + steps)}
+    )
+
+
+def _recall(searcher: Optimizer, names: list[str], memory: Params) -> int:
+    """Give an optimiser back what it remembered; returns the steps it has done."""
+    if memory:
+        known: dict[int, dict[str, Tensor]] = {}
+        for entry, value in memory.items():
+            if entry != STEPS:
+                name, key = entry.rsplit(" ", 1)
+                known.setdefault(names.index(name), {})[key] = value.clone()
+        searcher.load_state_dict({"state": known, "param_groups": searcher.state_dict()["param_groups"]})
+    return int(memory.get(STEPS, torch.tensor(0)))
+
+
+def _search(policy: P, losses: Losses[P], steps: int) -> None:
+    """L-BFGS on the parameters of a policy, in place."""
+    params = list(policy.params.values())
+    searcher, scale = _lbfgs(params, steps), 0.0
 
     def closure() -> Tensor:
         nonlocal scale
         searcher.zero_grad()
-        value = loss(policy)
-        if not torch.isfinite(value):
-            raise FloatingPointError(f"the loss became {value.item()}: take a smaller step")
-        value.backward()
+        total = _differentiate(policy, losses(policy, 0))
         if not scale:
             # torch's L-BFGS forgets curvature below an absolute 1e-10; close to equilibrium that is all there is.
-            steepest = max(float(p.grad.abs().max()) for p in params.values() if p.grad is not None)
+            steepest = max(float(p.grad.abs().max()) for p in params if p.grad is not None)
             scale = 1 / steepest if steepest else 1.0
-        for p in params.values():
+        for p in params:
             if p.grad is not None:
                 p.grad *= scale
-        return value.detach() * scale
+        return total * scale
 
-    for _ in range(1 if optimizer is None else steps):
-        searcher.step(closure)  # type: ignore[arg-type]
-    return start.with_params({name: p.detach() for name, p in params.items()})
+    searcher.step(closure)
 
 
-def _lbfgs(steps: int) -> MakeOptimizer:
-    def make(params: Iterable[Tensor]) -> Optimizer:
-        return LBFGS(
-            params,
-            max_iter=steps,
-            max_eval=10 * steps,
-            history_size=steps,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=1e-15,
-            tolerance_change=0.0,
-        )
+def _differentiate(policy: TokenPolicy, losses: Iterator[Tensor]) -> Tensor:
+    """Leave the gradient of the sum of all losses of all processes at the parameters; returns the sum."""
+    total = torch.zeros((), dtype=torch.float64)
+    for value in losses:
+        value.backward()
+        total += value.detach()
+    slopes = [p.grad for p in policy.params.values() if p.grad is not None]
+    add_up([total, *slopes])  # before the check, so that no process waits for one that has stopped
+    if not torch.isfinite(total):
+        raise FloatingPointError(f"the loss became {total.item()}: take a smaller step")
+    return total
 
-    return make
+
+@torch.no_grad()
+def _scored(policy: TokenPolicy, x: Any, y: Any) -> Tensor:
+    return policy.log_prob(x, y)
+
+
+def _lbfgs(params: list[Tensor], steps: int) -> LBFGS:
+    return LBFGS(
+        params,
+        max_iter=steps,
+        max_eval=10 * steps,
+        history_size=steps,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-15,
+        tolerance_change=0.0,
+    )
 
 
 def _adam(params: Iterable[Tensor]) -> Optimizer:
@@ -322,6 +453,11 @@ def _generator(expectation: Enumerate | Sample, seed: int | None) -> torch.Gener
     return torch.Generator().manual_seed(seed)
 
 
+def _shares(game: Any) -> Tensor:
+    """(B,) the weights of all prompts, where every process works on all of them."""
+    return torch.from_numpy(np.ravel(game.prompt_weights)) / place()[1]
+
+
 def _law_and_anchor(prox: Prox, x: Any, y: Any, shares: list[float] | None = None) -> tuple[Tensor, Tensor]:
     """(B, n) log-probabilities of the anchor's parts mixed by shares (evenly), and of the anchor itself."""
     scored = [(torch.as_tensor(policy.log_prob(x, y)), weight) for policy, weight in prox.anchor.parts if weight]
@@ -331,12 +467,12 @@ def _law_and_anchor(prox: Prox, x: Any, y: Any, shares: list[float] | None = Non
     return law, torch.stack([weight * log_prob for log_prob, weight in scored]).sum(0)
 
 
-def _over_prompts(values: Tensor, game: Any) -> Tensor:
-    return values @ torch.from_numpy(np.ravel(game.prompt_weights)).to(values)
-
-
 @torch.no_grad()
-def _info(policy: TokenPolicy, held_out: HeldOut, game: Any, calls: int) -> Info:
+def _info(policy: TokenPolicy, held_out: HeldOut | None, calls: int) -> Info:
+    processes = place()[1]
+    if held_out is None:
+        return Info(None, processes * calls)
     one, two = held_out
-    spread = _over_prompts(squared_residual(policy.log_prob(one.x, one.y), one, two), game)
-    return Info(float(spread.clamp(min=0.0)) ** 0.5, calls + one.calls + two.calls)
+    spread = squared_residual(policy.log_prob(one.x, one.y), one, two) @ one.share
+    add_up([spread])
+    return Info(float(spread.clamp(min=0.0)) ** 0.5, processes * (calls + one.calls + two.calls))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
+from tyro.extras import SubcommandApp
 
 from nlhf import algorithms
 from nlhf.core import Regularized
-from nlhf.schedules import check_tau
+from nlhf.schedules import check_count, check_tau
 
 
 def _kebab(name: str) -> str:
@@ -168,6 +169,71 @@ def evaluate(
     print("\n" + "\n".join(f"wrote {path}" for path in found.save(out)))
 
 
+def preference(
+    data: Path,
+    model: str = "tiny",
+    kind: Literal["pairwise", "bradley-terry"] = "pairwise",
+    held_out: float = 0.1,
+    epochs: int = 1,
+    lr: float = 3e-4,
+    batch: int = 16,
+    length: int = 512,
+    lora_rank: int | None = 8,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Fit a preference model to judged pairs, and say how good its probabilities are on held-out prompts.
+
+    The same command goes on where it was interrupted.
+
+    Args:
+        data: a .jsonl, .jsonl.gz or .parquet file, or a folder of Dataset.save_to_disk, with the columns prompt,
+            chosen, rejected (strings or conversations) or prompt, response_a, response_b, p_a.
+        model: a Hugging Face folder or GGUF file; or tiny, a small model of bytes that knows nothing.
+        kind: pairwise, which reads both responses at once and may be intransitive; or bradley-terry, a reward model.
+        held_out: share of the prompts that are kept for measuring, in [0, 1).
+        epochs: times that every comparison is read.
+        lr: largest learning rate.
+        batch: comparisons per step.
+        length: the most tokens that are read of a prompt and of each response.
+        lora_rank: rank of the adapters of a pretrained model; None trains all weights.
+        seed: of the split, the order, and the initial weights.
+        out: the folder of the model, its metrics and its figure; runs/preference-NAME if not given.
+    """
+    from nlhf.ladder import check_folder
+
+    for option, value, least in (("epochs", epochs, 1), ("batch", batch, 1), ("length", length, 1), ("seed", seed, 0)):
+        check_count(option, value, least)
+    if not lr > 0:
+        raise ValueError(f"lr must be a number > 0, got {lr!r}")
+    name = data.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet")
+    out = Path("runs", f"preference-{name}") if out is None else out
+    check_folder(out)
+    from nlhf.llm import BradleyTerry, PreferenceModel, fit_preference, read_comparisons
+    from nlhf.llm.fit import split
+
+    comparisons = read_comparisons(data)
+    known, held = split(comparisons, held_out, seed)
+    cls = PreferenceModel if kind == "pairwise" else BradleyTerry
+    if model == "tiny":
+        judge = cls.from_scratch(length=length, seed=seed)
+    else:
+        judge = cls.from_pretrained(model, length=length, lora_rank=lora_rank, seed=seed)
+    fit = fit_preference(judge, known, held, epochs=epochs, lr=lr, batch=batch, seed=seed, checkpoint=out)
+    print(f"{fit.model} on {name}: learned from {len(known)} comparisons")
+    if cut := judge.cut(comparisons):
+        print(
+            f"{cut} of {len(comparisons)} comparisons have a text of more than {length} tokens, the rest was not read"
+        )
+    written = [out / "model.safetensors", out / "metrics.jsonl"]
+    if (measured := fit.calibration) is not None:
+        print(f"held out: {measured.n} comparisons of {measured.groups} prompts, {measured.level:.0%} intervals\n")
+        print(measured.frame.to_string(index=False, float_format="{:.3f}".format), "\n")
+        print(measured.reliability.to_string(index=False, float_format="{:.3f}".format), "\n")
+        written += measured.save(out)
+    print("\n".join(f"wrote {path}" for path in written))
+
+
 def _rows(table: object) -> str:
     import pandas as pd
 
@@ -178,14 +244,18 @@ def _rows(table: object) -> str:
     return shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.2e}" if abs(v) < 0.01 else f"{v:.3g}")
 
 
+train = SubcommandApp()
+train.command(preference)
+app = SubcommandApp()
+for command in (ladder, solve, evaluate):
+    app.command(command)
+app.command(train, name="train", help="Fit a preference model to data.")
+
+
 def main() -> None:
     """Entry point of the command `nlhf`. Bad input ends with one line on stderr and exit code 2."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"ladder": ladder, "solve": solve, "evaluate": evaluate},
-            prog="nlhf",
-            description="Preference games and return distributions, exactly and on language models.",
-        )
+        app.cli(prog="nlhf", description="Preference games and return distributions, exactly and on language models.")
     except (ValueError, OSError, ModuleNotFoundError, ArithmeticError) as error:
         print(f"nlhf: {error}", file=sys.stderr)
         sys.exit(2)

@@ -98,14 +98,16 @@ class Prox(NamedTuple):
 class Info:
     """What a solve cost and how far it stayed from the answer. `+` joins the solves of one iteration."""
 
-    prox_residual: float = 0.0
+    prox_residual: float | None = 0.0
     """Standard deviation over held-out responses of log pi(y) - log answer(y), in nats. Estimated where responses are
-    sampled: 0 there means too small for the sample to tell from the noise of judging."""
+    sampled: 0 there means too small for the sample to tell from the noise of judging. None where it was not measured."""
     oracle_calls: int = 0
     """Win probabilities P(y > z | x) looked up."""
 
     def __add__(self, other: Info) -> Info:
-        return Info(max(self.prox_residual, other.prox_residual), self.oracle_calls + other.oracle_calls)
+        residuals = self.prox_residual, other.prox_residual
+        largest = None if None in residuals else max(residuals)  # type: ignore[type-var]
+        return Info(largest, self.oracle_calls + other.oracle_calls)
 
 
 class State(NamedTuple):

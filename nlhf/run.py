@@ -10,8 +10,9 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,8 @@ def run(
     seed: int = 0,
     progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    on_record: Callable[[Trace], None] | None = None,
+    status: Callable[[], str] | None = None,
 ) -> Trace:
     """Run an algorithm with a solver and record how it goes.
 
@@ -102,12 +105,17 @@ def run(
             must agree with `game.reference` where the game has one, for that is what the duality gap refers to.
         metrics: functions (policy, game, tau) -> number, or -> {name: number}, recorded by name next to the
             solver's own `prox_residual` and `oracle_calls` (cumulative). By default the duality gap of an algorithm
-            that has a tau, and nothing for one that evaluates returns.
+            that has a tau, and nothing for one that evaluates returns. The list `memory` of a metric that has one, an
+            entry of JSON for each record, is emptied when the run begins and kept in its checkpoint.
         every: record every so many steps; the first and the last are always recorded.
         seed: >= 0. The randomness of step t depends on (seed, t) alone.
         progress: show a progress bar; by default on a terminal and not in a pipe.
         checkpoint: a file, written at every recorded step and read if it is there: the run goes on from it and
-            ends as if it had never stopped, to the last bit.
+            ends as if it had never stopped, to the last bit. An .npz archive, or, if it is called so, a .safetensors
+            file with a JSON header (needs `nlhf[llm]`); neither holds anything that is unpickled.
+        on_record: called with the trace so far after every recorded step, once it is in the checkpoint, and when a run
+            resumes.
+        status: what the progress bar shows behind the time that is left, such as tokens per second.
 
     Raises ValueError for bad arguments, before any work; FloatingPointError if a metric is not a number.
 
@@ -131,43 +139,65 @@ def run(
     config = {"algorithm": _plain(algorithm), "solver": _plain(solver), "seed": seed}
     records: list[tuple[int, str, float]] = []
     start, info, file = 0, Info(), None if checkpoint is None else Path(checkpoint)
+    first, remembering = state, {name: m for name, m in zip(names, metrics, strict=True) if hasattr(m, "memory")}
+    for metric in remembering.values():
+        metric.memory.clear()  # type: ignore[attr-defined]
 
     def record(t: int) -> None:
         measured: dict[str, float] = {}
         for metric in metrics:
             value = metric(state.policy, solver.game, tau)
             measured |= value if isinstance(value, Mapping) else {metric.__name__: value}
-        measured |= {"prox_residual": info.prox_residual, "oracle_calls": info.oracle_calls}
+        if info.prox_residual is not None:
+            measured["prox_residual"] = info.prox_residual
+        measured["oracle_calls"] = info.oracle_calls
         for name, value in measured.items():
             if np.isnan(value):
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
             records.append((t, name, float(value)))
+        if file is not None:
+            memory = {name: metric.memory for name, metric in remembering.items()}  # type: ignore[attr-defined]
+            about = {"run": identity, "t": t, "records": records, "memory": memory}
+            _save(file, about | {"info": [info.prox_residual, info.oracle_calls]}, _arrays(state, first))
+        if on_record is not None:
+            on_record(Trace(config, tuple(records), state, clock.step.total))
 
     identity: dict[str, Any] = {**config, "every": every, "metrics": names}
     if file is not None:
         identity |= {"start": _fingerprint(_arrays(state)), "game": _fingerprint(_numbers(solver.game))}
+    clock = _Clock(steps, every)
     if file is not None and file.exists():
-        start, state, records, info = _load(file, identity, state)
+        start, state, records, info, memory = _load(file, identity, state)
         if start > steps:
             raise ValueError(f"steps must be at least the {start} that checkpoint {file} has done, got {steps}")
-        if start < steps:  # the last row of a shorter run is not one of this run's
-            records = [row for row in records if row[0] % every == 0]
+        kept = [t % every == 0 or t == steps for t in dict.fromkeys(t for t, *_ in records)]
+        records = [row for row in records if row[0] % every == 0 or row[0] == steps]  # others are of a shorter run
+        for name, metric in remembering.items():
+            metric.memory.extend(compress(memory.get(name, []), kept))  # type: ignore[attr-defined]
+        if on_record is not None:
+            on_record(Trace(config, tuple(records), state, 0.0))
     elif file is not None and not os.access(file.parent, os.W_OK):
         raise ValueError(f"checkpoint must be in a folder that can be written, got {file}")
     else:
-        record(0)
-    seconds = 0.0
+        with clock.record:
+            record(0)
     shown = sys.stderr.isatty() if progress is None else progress
-    for t in tqdm(range(start, steps), initial=start, total=steps, disable=not shown, desc=type(algorithm).__name__):
-        began = perf_counter()
-        state, spent = algorithm.step(state, seeded(solver, seed, t))
-        seconds += perf_counter() - began
+    # The bar's own guess of the time that is left knows nothing of records.
+    look: Any = {
+        "desc": type(algorithm).__name__,
+        "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+    }
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not shown, **look)
+    for t in bar:
+        with clock.step:
+            state, spent = algorithm.step(state, seeded(solver, seed, t))
         info = Info(spent.prox_residual, info.oracle_calls + spent.oracle_calls)
         if (t + 1) % every == 0 or t + 1 == steps:
-            record(t + 1)
-            if file is not None:
-                _save(file, identity, state, t + 1, records, info)
-    return Trace(config, tuple(records), state, seconds)
+            with clock.record:
+                record(t + 1)
+        if shown:
+            bar.set_postfix_str(clock.left(t + 1) + (f", {status()}" if status else ""), refresh=False)
+    return Trace(config, tuple(records), state, clock.step.total)
 
 
 def seeded(solver: Any, seed: int, t: int) -> Solve:
@@ -220,10 +250,11 @@ def _plain(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _arrays(state: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """The parameters of every policy in a state, by field and name."""
+def _arrays(state: Any, first: Any = None) -> dict[str, np.ndarray[Any, Any]]:
+    """The parameters of every policy in a state, by field and name; of those that differ from the first state's."""
     policies = {name: value for name, value in state._asdict().items() if not isinstance(value, int)}
-    return {f"{name}.{key}": array for name, policy in policies.items() for key, array in policy.arrays().items()}
+    new = {name: policy for name, policy in policies.items() if first is None or policy is not getattr(first, name)}
+    return {f"{name}.{key}": array for name, policy in new.items() for key, array in policy.arrays().items()}
 
 
 def _numbers(game: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -240,18 +271,34 @@ def _fingerprint(arrays: Mapping[str, np.ndarray[Any, Any]]) -> int:
     return total
 
 
-def _save(file: Path, identity: dict[str, Any], state: Any, t: int, records: list[Any], info: Info) -> None:
-    about = {"run": identity, "t": t, "records": records, "info": [info.prox_residual, info.oracle_calls]}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, about=np.array(json.dumps(about)), **_arrays(state))
-    write_atomically(file, buffer.getvalue())
+def _save(file: Path, about: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    if file.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        write_atomically(file, save(arrays, {"about": json.dumps(about)}))
+    else:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, about=np.array(json.dumps(about)), **arrays)
+        write_atomically(file, buffer.getvalue())
 
 
-def _load(file: Path, identity: dict[str, Any], state: Any) -> tuple[int, Any, list[tuple[int, str, float]], Info]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                return json.loads(opened.metadata()["about"]), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+        arrays = dict(archive)
+    return json.loads(str(arrays.pop("about"))), arrays
+
+
+def _load(file: Path, identity: dict[str, Any], state: Any) -> tuple[int, Any, list[Any], Info, dict[str, list[Any]]]:
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            arrays = dict(archive)
-        about = json.loads(str(arrays.pop("about")))
+        about, arrays = _read(file)
         before = dict(about["run"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint {file} cannot be read: {error!r}") from None
@@ -262,5 +309,34 @@ def _load(file: Path, identity: dict[str, Any], state: Any) -> tuple[int, Any, l
     for name, value in state._asdict().items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-        fields[name] = about["t"] if isinstance(value, int) else value.replace(own)
-    return about["t"], type(state)(**fields), [tuple(row) for row in about["records"]], Info(*about["info"])
+        fields[name] = about["t"] if isinstance(value, int) else value.replace(own) if own else value
+    records = [tuple(row) for row in about["records"]]
+    return about["t"], type(state)(**fields), records, Info(*about["info"]), about.get("memory", {})
+
+
+class _Watch:
+    """Seconds spent in its `with` blocks, and how many there were."""
+
+    total, laps, began = 0.0, 0, 0.0
+
+    def __enter__(self) -> None:
+        self.began = perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.total, self.laps = self.total + perf_counter() - self.began, self.laps + 1
+
+
+class _Clock:
+    """Foretells when a run ends: its steps, and its records, which may take longer."""
+
+    def __init__(self, steps: int, every: int) -> None:
+        self.steps, self.every, self.step, self.record = steps, every, _Watch(), _Watch()
+
+    def left(self, t: int) -> str:
+        """The time left after t steps, once a record was timed; records are due at multiples and at the end."""
+        records = -(-self.steps // self.every) - t // self.every if t < self.steps else 0
+        if records and not self.record.laps:
+            return "? left"
+        seconds = (self.steps - t) * self.step.total / self.step.laps
+        seconds += records * self.record.total / max(1, self.record.laps)
+        return f"{tqdm.format_interval(int(seconds))} left"

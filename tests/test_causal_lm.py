@@ -15,8 +15,10 @@ import nlhf
 from nlhf import algorithms, run
 from nlhf.core import Geometric
 from nlhf.llm import CausalLM, JudgedGame, RegressionSolver, Sample, TokenMixture
+from nlhf.llm.decode import sample
 from nlhf.llm.preference import cycle_judge, sampled_gap
 from tests.checks import assert_close
+from tests.tiny import generator
 
 transformers = pytest.importorskip("transformers", reason="the llm extra is not installed")
 pytest.importorskip("peft", reason="the llm extra is not installed")
@@ -101,6 +103,22 @@ def test_decoding_reports_what_scoring_finds(policy: CausalLM, mixed: bool) -> N
     ended = (y == 1).int().cumsum(-1)
     assert (ended[..., -1] > 0).any()
     assert (y[ended > 0] == 1).all()  # nothing follows an end
+
+
+def test_responses_decoded_together_are_scored_alike(policy: CausalLM) -> None:
+    """A policy, the reference and their mixture in one loop, which rows leave as they end."""
+    policy = CausalLM(policy.network, policy.tokenizer, policy.params, 24)
+    one = moved(policy)
+    laws = [[(one, 1.0)], [(one, 0.6), (policy, 0.4)], [(policy, 1.0)]]
+    drawn = sample([(parts, n) for parts, n in zip(laws, (30, 20, 1), strict=True)], PROMPTS, generator(1))
+    for parts, (y, log_prob) in zip(laws, drawn, strict=True):
+        # up to 24 tokens, sums of order 40
+        assert_close(log_prob, TokenMixture(tuple(parts)).log_prob(PROMPTS, y).detach(), atol=5 * FLOAT32)
+    y, log_prob = one.sample(["me"], 50, generator(2))
+    ended = (y == 1).any(-1)
+    assert 13 < int(ended.sum()) < 50
+    short = CausalLM(policy.network, policy.tokenizer, one.params, 2).sample(["me"], 50, generator(2))
+    assert torch.equal(short[0], y[..., :2])  # who leaves, and when, changes nobody else's randomness
 
 
 def test_decoding_follows_the_law(policy: CausalLM) -> None:

@@ -15,6 +15,8 @@ from nlhf.tabular import MatrixGame
 from tests.checks import assert_close
 from tests.tiny import generator, random_prox, small
 
+ONE = torch.ones(1, dtype=torch.float64)
+
 
 def gradient(loss: torch.Tensor, params: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(params.values()))])
@@ -61,12 +63,12 @@ def test_sampled_regression_is_unbiased_and_stands_still_at_the_answer() -> None
         total = torch.zeros(())
         half = torch.full(y.shape, 0.5, dtype=torch.float64)
         for j in range(8):
-            batch = Batch([0], y, law[y], half, law[y], matrix[y, j], eta, 0)
+            batch = Batch([0], y, law[y], half, law[y], matrix[y, j], eta, 0, ONE)
             total = total + q[j] * (chance_y @ losses.variance(log_prob[y], batch))
         return torch.autograd.grad(total, log_prob, retain_graph=True)[0]
 
     def listed_gradient(log_prob: torch.Tensor) -> torch.Tensor:
-        batch = Batch(..., ..., law[None], law.exp()[None], law[None], (matrix @ q)[None], eta, 0)
+        batch = Batch(..., ..., law[None], law.exp()[None], law[None], (matrix @ q)[None], eta, 0, ONE)
         return torch.autograd.grad(losses.variance(log_prob[None], batch).sum(), log_prob, retain_graph=True)[0]
 
     policy = small(8, seed=3)
@@ -85,7 +87,7 @@ def test_cross_entropy_corrects_for_the_law_of_its_samples() -> None:
     law = torch.tensor([1, 2, 1, 4], dtype=torch.float64) / 8
     y = torch.tensor([[0, 1, 1, 2, 3, 3, 3, 3]])
     win = matrix @ q
-    batch = Batch([0], y, law.log()[y], torch.full((1, 8), 1 / 8, dtype=torch.float64), anchor[y], win[y], 0.7, 0)
+    batch = Batch([0], y, law.log()[y], torch.full((1, 8), 1 / 8, dtype=torch.float64), anchor[y], win[y], 0.7, 0, ONE)
     answer = (anchor + 0.7 * win).log_softmax(-1).clone().requires_grad_()
     (slope,) = torch.autograd.grad(losses.cross_entropy(answer.log_softmax(-1)[y], batch).sum(), answer)
     assert_close(slope, 0.0, atol=1e-15)
@@ -110,9 +112,9 @@ def test_held_out_residual_does_not_count_the_noise_of_judging() -> None:
     eta, matrix, q = 0.7, torch.tensor(game.matrix), other.exp()
     y = torch.tensor(list(itertools.product(range(8), range(8))))
     half = torch.full(y.shape, 0.5, dtype=torch.float64)
-    judged = [Batch([0], y, anchor[y], half, anchor[y], matrix[y, j], eta, 0) for j in range(8)]
+    judged = [Batch([0], y, anchor[y], half, anchor[y], matrix[y, j], eta, 0, ONE) for j in range(8)]
     for log_prob in (policy, (anchor + eta * matrix @ q).log_softmax(-1)):
-        listed = Batch(..., ..., anchor[None], anchor.exp()[None], anchor[None], (matrix @ q)[None], eta, 0)
+        listed = Batch(..., ..., anchor[None], anchor.exp()[None], anchor[None], (matrix @ q)[None], eta, 0, ONE)
         exact = float(losses.squared_residual(log_prob[None], listed, listed))
         mean = sum(
             float(
@@ -129,7 +131,9 @@ def test_held_out_residual_does_not_count_the_noise_of_judging() -> None:
 def test_sample_takes_equal_parts_and_reports_what_it_looked_up() -> None:
     game = MatrixGame.random(8, seed=0, prompts=3)
     start = LogitTable(game.reference)
-    batch, (one, two) = Sample(9, opponents=16).batches(random_prox(start), game, generator())
+    batch, held_out = Sample(9, opponents=16).batches(random_prox(start), game, generator())
+    assert held_out is not None
+    one, two = held_out
     assert batch.y.shape == (3, 9)
     assert one.y.shape == (3, 4)
     assert one.y is two.y
@@ -149,7 +153,7 @@ def test_importance_weights_make_the_token_mixture_stand_for_the_sequence_mixtur
     n = 20_000
     means = {}
     for correct in (True, False):
-        ((z, weight),) = Sample(2, correct=correct).draw(geometric, game.prompts, [n], generator())
+        (((z, weight),),) = Sample(2, correct=correct).draw([(geometric, [n])], game.prompts, generator())
         means[correct] = torch.zeros(8, dtype=torch.float64).scatter_add(0, z[0], weight[0].double())
     spread = 6 * float((exact.max() / n) ** 0.5)
     assert (means[True] - exact).abs().max() < spread < (token - exact).abs().max()

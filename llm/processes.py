@@ -1,0 +1,49 @@
+"""Data parallelism: every process holds the whole policy and a share of the prompts; gradients are added up.
+
+Processes that are seeded alike draw the same prompts and the same random numbers, and each keeps its own part of both.
+So two of them do what one does with all the prompts, up to the order of sums. Start them with `accelerate launch` or
+`torchrun`, and call `torch.distributed.init_process_group` (or `accelerate.PartialState()`) first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def place() -> tuple[int, int]:
+    """This process's number, from 0, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def own(count: int) -> slice:
+    """Which of `count` things are this process's.
+
+    Raises ValueError unless all processes get as many.
+    """
+    rank, size = place()
+    if count % size:
+        raise ValueError(f"prompts must be a multiple of the {size} processes, got {count}")
+    return slice(rank * count // size, (rank + 1) * count // size)
+
+
+def uniform(rows: int, generator: torch.Generator) -> Tensor:
+    """(rows,) random numbers in [0, 1), float64: this process's of those that are drawn for all."""
+    rank, size = place()
+    return torch.rand(rows * size, generator=generator, dtype=torch.float64)[rank * rows : (rank + 1) * rows]
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, all in one message."""
+    if place()[1] == 1:
+        return
+    tensors = list(tensors)
+    message = torch.cat([t.detach().flatten().double() for t in tensors])
+    dist.all_reduce(message)
+    for t, total in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view(t.shape))
