@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-lm test test-fast lint notebooks race race-returns table clean
+.PHONY: demo demo-lm test test-fast lint notebooks race race-returns race-trl table clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nlhf needs Python 3.11 or later"'
@@ -50,6 +50,11 @@ race: .venv/base  ## exact equilibria against the best solvers of others: about 
 
 race-returns: .venv/dev  ## return distributions against the usual ways: about five minutes
 	.venv/bin/python benchmarks/race_returns.py
+
+race-trl: .venv/dev  ## training steps against TRL, two versions of it, and plain torch: about fifteen minutes
+	$(PIP) --no-deps --target runs/trl-nash trl==1.13.0
+	$(PIP) --no-deps --target runs/trl trl==1.16.0
+	.venv/bin/python benchmarks/race_trl.py --trl runs/trl --trl-nash runs/trl-nash
 
 table: .venv/base  ## outer algorithm x inner solver
 	.venv/bin/python benchmarks/table_of_algorithms.py
