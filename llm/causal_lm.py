@@ -51,6 +51,7 @@ class CausalLM(TokenPolicy):
         max_new_tokens: int = 32,
         lora_rank: int | None = 8,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
         seed: int = 0,
     ) -> CausalLM:
         """Load a local Hugging Face folder, a GGUF file, or a folder with one GGUF file. Nothing is downloaded.
@@ -61,6 +62,7 @@ class CausalLM(TokenPolicy):
             lora_rank: rank of the adapters on every linear layer; None trains all weights, of which every policy
                 then keeps a copy.
             dtype: of the network; adapters are always float32.
+            device: where it lives, "cpu" or "cuda".
             seed: of the adapters' first factor. The second is zero, so the policy starts at the model.
 
         Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
@@ -69,6 +71,7 @@ class CausalLM(TokenPolicy):
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
             network = with_adapters(network, lora_rank, "CAUSAL_LM")
+        network = network.to(device)
         return cls(network.eval(), tokenizer, trainable(network, seed), max_new_tokens)
 
     @classmethod
@@ -120,7 +123,7 @@ class CausalLM(TokenPolicy):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     CausalLM.from_scratch(width=8, layers=1, heads=2).save_pretrained(folder)
         ...     CausalLM.from_pretrained(folder)
-        CausalLM(PeftModelForCausalLM, trainable=1536, max_new_tokens=32)
+        CausalLM(PeftModelForCausalLM, trainable=1472, max_new_tokens=32)
         """
         if not adapter_only:
             write_model(Path(folder), self.network, self.params, self.tokenizer)
@@ -276,7 +279,7 @@ def trainable(network: nn.Module, seed: int) -> dict[str, Tensor]:
     """The parameters to train by name: adapters as LoRA starts them, drawn from the seed, the others as they are."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: _initial_adapter(name, p, generator) if "lora_" in name else p.detach()
+        name: _initial_adapter(name, p, generator).to(p.device) if "lora_" in name else p.detach()
         for name, p in network.named_parameters()
         if p.requires_grad
     }

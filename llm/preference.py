@@ -55,7 +55,7 @@ class JudgedGame:
     """
 
     judge: Judge
-    prompts: Sequence[str]
+    prompts: Sequence[Any]
     text: Callable[[Any], list[list[str]]] = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class sampled_gap:
         self.prompts = None if prompts is None else tuple(prompts)
         self.memory: list[list[list[str]]] = []
         """The responses of every policy recorded so far, by prompt; `nlhf.run` keeps them in its checkpoint."""
-        self._drawn: dict[tuple[Any, ...], list[list[str]]] = {}  # the reference does not change, nor do its samples
+        self._drawn: dict[Any, list[list[str]]] = {}  # the reference does not change, nor do its samples
 
     @torch.no_grad()
     def __call__(self, policy: TokenPolicy, game: JudgedGame, tau: float) -> dict[str, float]:

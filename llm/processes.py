@@ -43,7 +43,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     if place()[1] == 1:
         return
     tensors = list(tensors)
-    message = torch.cat([t.detach().flatten().double() for t in tensors])
+    at = tensors[-1].device
+    message = torch.cat([t.detach().flatten().double().to(at) for t in tensors])
     dist.all_reduce(message)
     for t, total in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
         t.copy_(total.view(t.shape))

@@ -416,7 +416,7 @@ def _differentiate(policy: TokenPolicy, losses: Iterator[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for value in losses:
         value.backward()
-        total += value.detach()
+        total += value.detach().cpu()
     slopes = [p.grad for p in policy.params.values() if p.grad is not None]
     add_up([total, *slopes])  # before the check, so that no process waits for one that has stopped
     if not torch.isfinite(total):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from tyro.extras import SubcommandApp
 from nlhf import algorithms
 from nlhf.core import Regularized
 from nlhf.schedules import check_count, check_tau
+from nlhf.train import Training
 
 
 def _kebab(name: str) -> str:
@@ -97,10 +99,7 @@ def solve(
     from nlhf.solve import clustered, standings
     from nlhf.tabular import MatrixGame, tables
 
-    try:
-        taus = [float(check_tau(float(part))) for part in tau.split(",")]
-    except ValueError:
-        raise ValueError(f"tau must be numbers >= 0 separated by commas, got {tau!r}") from None
+    taus = _taus(tau)
     if draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
     if seed < 0:
@@ -234,6 +233,61 @@ def preference(
     print("\n".join(f"wrote {path}" for path in written))
 
 
+def tournament(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    data: Path,
+    judge: str = "cycle",
+    n: int = 8,
+    prompts: int = 64,
+    tau: str = "0.1,0.01,0",
+    max_new_tokens: int = 64,
+    draws: int = 1000,
+    seed: int = 0,
+    out: Path = Path("runs", "tournament"),
+) -> None:
+    """Play checkpoints against each other: who beats whom, the Nash mixture, and the Bradley-Terry ranking beside it.
+
+    Args:
+        folders: two or more, of `nlhf train`, or Hugging Face folders or GGUF files.
+        data: a .jsonl, .jsonl.gz or .parquet file, or a folder of Dataset.save_to_disk, with the column prompt.
+        judge: cycle, a folder that `nlhf train preference` wrote, or module:function.
+        n: responses of each checkpoint per prompt.
+        prompts: how many of the data's prompts are drawn; all if there are fewer.
+        tau: strengths of the KL regularisation, >= 0, separated by commas, of the Nash mixtures over checkpoints.
+        max_new_tokens: the most tokens of a response.
+        draws: of the prompts, for the intervals.
+        seed: of the prompts, the responses and the draws.
+        out: where to write.
+    """
+    from nlhf.ladder import check_folder
+    from nlhf.tournament import tournament as play
+    from nlhf.train import load_judge
+
+    for option, value, least in (("prompts", prompts, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
+        check_count(option, value, least)
+    taus = _taus(tau)
+    check_folder(out)
+    from numpy.random import default_rng
+
+    from nlhf.llm.data import read_prompts
+
+    known = list(dict.fromkeys(read_prompts(data)))
+    asked = [known[i] for i in default_rng(seed).permutation(len(known))[:prompts]]
+    found = play(folders, load_judge(judge), asked, n, taus, max_new_tokens=max_new_tokens, draws=draws, seed=seed)
+    print(f"P(row > column) on {len(asked)} prompts, {n} responses each, {found.standings.level:.0%} intervals\n")
+    print(found.rows(), "\n")
+    print(found.standings.summary(), "\n")
+    print(found.standings.rows(), "\n")
+    print("\n".join(f"wrote {path}" for path in found.save(out)))
+
+
+def _taus(text: str) -> list[float]:
+    try:
+        return [float(check_tau(float(part))) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"tau must be numbers >= 0 separated by commas, got {text!r}") from None
+
+
 def _rows(table: object) -> str:
     import pandas as pd
 
@@ -244,12 +298,31 @@ def _rows(table: object) -> str:
     return shown.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.2e}" if abs(v) < 0.01 else f"{v:.3g}")
 
 
+def _training(name: str, cls: type[Regularized]) -> None:
+    def command(options: Annotated[Training, tyro.conf.arg(name="")]) -> None:
+        from nlhf.train import rows
+        from nlhf.train import train as run_training
+
+        algorithm = cls.default(options.tau) if options.eta is None else cls(options.eta, options.tau)
+        data = options.data.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet")
+        out = Path("runs", f"{name}-{data}") if options.out is None else options.out
+        trace = run_training(algorithm, replace(options, out=out))
+        print(f"{name} on {data}, measured on {options.eval_prompts} held-out prompts, 90% interval of the gap\n")
+        print(rows(trace), "\n")
+        print("\n".join(f"wrote {path}" for path in sorted(out.iterdir()) if not path.name.startswith(".")))
+
+    help = f"Train a language model against a judge by {cls.__name__}; the same command goes on where it stopped."
+    train.command(name=name, help=help)(command)
+
+
 train = SubcommandApp()
 train.command(preference)
+for algorithm_name, algorithm_class in ALGORITHMS.items():
+    _training(algorithm_name, algorithm_class)
 app = SubcommandApp()
-for command in (ladder, solve, evaluate):
+for command in (ladder, solve, evaluate, tournament):
     app.command(command)
-app.command(train, name="train", help="Fit a preference model to data.")
+app.command(train, name="train", help="Fit a preference model to data, or train a language model against a judge.")
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def run(
     start, info, file = 0, Info(), None if checkpoint is None else Path(checkpoint)
     first, remembering = state, {name: m for name, m in zip(names, metrics, strict=True) if hasattr(m, "memory")}
     for metric in remembering.values():
-        metric.memory.clear()  # type: ignore[attr-defined]
+        metric.memory.clear()
 
     def record(t: int) -> None:
         measured: dict[str, float] = {}
@@ -156,7 +156,7 @@ def run(
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
             records.append((t, name, float(value)))
         if file is not None:
-            memory = {name: metric.memory for name, metric in remembering.items()}  # type: ignore[attr-defined]
+            memory = {name: metric.memory for name, metric in remembering.items()}
             about = {"run": identity, "t": t, "records": records, "memory": memory}
             _save(file, about | {"info": [info.prox_residual, info.oracle_calls]}, _arrays(state, first))
         if on_record is not None:
@@ -173,7 +173,7 @@ def run(
         kept = [t % every == 0 or t == steps for t in dict.fromkeys(t for t, *_ in records)]
         records = [row for row in records if row[0] % every == 0 or row[0] == steps]  # others are of a shorter run
         for name, metric in remembering.items():
-            metric.memory.extend(compress(memory.get(name, []), kept))  # type: ignore[attr-defined]
+            metric.memory.extend(compress(memory.get(name, []), kept))
         if on_record is not None:
             on_record(Trace(config, tuple(records), state, 0.0))
     elif file is not None and not os.access(file.parent, os.W_OK):

@@ -87,3 +87,24 @@ class Outcomes:
             ahead = 0.5 + 0.5 * np.sign(s[:, :, None] - s[:, None, :]).reshape(members.size, n * n)
             games.append((times[:, members] @ ahead).reshape(size, n, n) / members.size)
         return games[0] if self.groups is None else np.stack(games, axis=1)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The same items compared on Q questions: P[y, z] is the mean over questions, which are drawn again: the bootstrap.
+
+    Args:
+        wins: (Q, n, n) the share of the comparisons on each question that y won against z.
+    """
+
+    wins: Floats
+
+    @property
+    def mean(self) -> Floats:
+        """(n, n) the win probabilities."""
+        return self.wins.mean(axis=0)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Floats:
+        """(size, n, n)."""
+        count = len(self.wins)
+        return np.tensordot(rng.multinomial(count, np.full(count, 1 / count), size=size) / count, self.wins, axes=1)

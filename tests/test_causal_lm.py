@@ -228,6 +228,22 @@ def test_missing_models_are_named(tmp_path: Path, make: str) -> None:
         CausalLM.from_pretrained(path)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_on_a_gpu_is_the_one_on_the_cpu(folder: Path, dtype: torch.dtype) -> None:
+    """In float32 up to rounding; bfloat16 keeps three digits of log-probabilities of order 20."""
+    y = torch.tensor([[[2, 3, 4, 5, 6], [7, 1, 1, 1, 1]], [[8, 8, 1, 1, 1], [3, 3, 3, 3, 1]]])
+    found = []
+    for device in ("cpu", "cuda"):
+        policy = CausalLM.from_pretrained(folder, max_new_tokens=5, lora_rank=2, dtype=dtype, device=device)
+        game = JudgedGame(cycle_judge, tuple(PROMPTS), policy.text)
+        solver = RegressionSolver(game, Sample(4, correct=False), steps=2, optimizer=partial(torch.optim.Adam, lr=1e-3))
+        trace = run(nlhf.NashMD(eta=1.0, tau=0.1), solver, 2, policy=policy, metrics=(sampled_gap(policy, 4, seed=0),))
+        assert all(p.device.type == device for p in trace.policy.params.values())
+        found.append(policy.log_prob(PROMPTS, y.to(device)).float().cpu())
+    assert_close(found[1], found[0], atol=FLOAT32 if dtype == torch.float32 else 0.5)
+
+
 GGUF = os.environ.get("NLHF_GGUF", "")
 
 
