@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-from nlhf.llm.processes import uniform
 
 if TYPE_CHECKING:
     from nlhf.llm.policy import TokenPolicy
 
 Parts: TypeAlias = "Sequence[tuple[TokenPolicy, float]]"
 """(policy, weight) pairs over one vocabulary: softmax(sum_i w_i log pi_i(. | prefix)) at every prefix."""
+
+
+Uniform: TypeAlias = "Callable[[int, torch.Generator], Tensor]"
+"""(rows, generator) -> (rows,) random numbers in [0, 1), float64."""
+
+
+def uniform(rows: int, generator: torch.Generator) -> Tensor:
+    """The numbers that the generator draws."""
+    return torch.rand(rows, generator=generator, dtype=torch.float64)
 
 
 class _Reader:
@@ -46,7 +53,9 @@ class _Reader:
 
 
 @torch.no_grad()
-def sample(groups: Sequence[tuple[Parts, int]], x: Any, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+def sample(
+    groups: Sequence[tuple[Parts, int]], x: Any, generator: torch.Generator, uniform: Uniform = uniform
+) -> list[tuple[Tensor, Tensor]]:
     """Draw n responses per prompt for every group (parts, n).
 
     A policy reads each prompt once, and decodes the responses of all groups that it has a part in as one batch. Those
@@ -56,6 +65,7 @@ def sample(groups: Sequence[tuple[Parts, int]], x: Any, generator: torch.Generat
         groups: mixtures, and how many responses of each; ([(policy, 1.0)], n) samples that policy.
         x: B prompts.
         generator: the randomness; one uniform number per response and token.
+        uniform: draws them.
 
     Returns for each group tokens (B, n, T), padded with the end token after a response has ended, and the
     log-probabilities (B, n) under the law that was sampled, in nats.

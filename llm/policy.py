@@ -90,9 +90,9 @@ class TokenPolicy(ABC):
 
     def replace(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Self:
         """This network with the parameters and the memory of a checkpoint."""
-        params = {name: _from_bits(arrays[name], p) for name, p in self.params.items()}
+        params = {name: _from_bits(arrays[name]).to(p) for name, p in self.params.items()}
         memory = {
-            name.removesuffix(MEMORY): torch.as_tensor(array) for name, array in arrays.items() if name.endswith(MEMORY)
+            name.removesuffix(MEMORY): _from_bits(array) for name, array in arrays.items() if name.endswith(MEMORY)
         }
         return self.with_params(params, memory)
 
@@ -101,9 +101,9 @@ def _bits(p: Tensor) -> Tensor:
     return p.view(torch.int16) if p.dtype == torch.bfloat16 else p
 
 
-def _from_bits(array: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+def _from_bits(array: np.ndarray[Any, Any]) -> Tensor:
     value = torch.as_tensor(array)
-    return (value.view(torch.bfloat16) if like.dtype == torch.bfloat16 else value).to(like)
+    return value.view(torch.bfloat16) if value.dtype == torch.int16 else value
 
 
 def alive(tokens: Tensor, eos: int | None) -> Tensor:

@@ -1,17 +1,35 @@
 """Data parallelism: every process holds the whole policy and a share of the prompts; gradients are added up.
 
 Processes that are seeded alike draw the same prompts and the same random numbers, and each keeps its own part of both.
-So two of them do what one does with all the prompts, up to the order of sums. Start them with `accelerate launch` or
-`torchrun`, and call `torch.distributed.init_process_group` (or `accelerate.PartialState()`) first.
+So two of them do what one does with all the prompts, up to the order of sums.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nlhf.llm.decode import uniform
+
+
+def join() -> None:
+    """Join the other processes if `accelerate launch` or `torchrun` has started this one among several.
+
+    Raises ValueError for sharded parameters (FSDP, DeepSpeed): a policy is held whole by every process.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise ValueError(f"{name} must not be set: every process holds all parameters; use MULTI_GPU or MULTI_CPU")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
 
 
 def place() -> tuple[int, int]:
@@ -32,10 +50,10 @@ def own(count: int) -> slice:
     return slice(rank * count // size, (rank + 1) * count // size)
 
 
-def uniform(rows: int, generator: torch.Generator) -> Tensor:
+def own_uniform(rows: int, generator: torch.Generator) -> Tensor:
     """(rows,) random numbers in [0, 1), float64: this process's of those that are drawn for all."""
     rank, size = place()
-    return torch.rand(rows * size, generator=generator, dtype=torch.float64)[rank * rows : (rank + 1) * rows]
+    return uniform(rows * size, generator)[rank * rows : (rank + 1) * rows]
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from nlhf.core import Info, Mixture, Prox
 from nlhf.llm.decode import sample
 from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, slices, squared_residual, variance
 from nlhf.llm.policy import Params, TokenMixture, TokenPolicy
-from nlhf.llm.processes import add_up, own, place
+from nlhf.llm.processes import add_up, own, own_uniform, place
 from nlhf.schedules import check_count
 
 P = TypeVar("P", bound=TokenPolicy)
@@ -163,7 +164,7 @@ class Sample:
             together.setdefault((type(first := mixture.parts[0][0]), first.length), []).append(i)
         found: dict[int, list[tuple[Any, Tensor]]] = {}
         for some in together.values():
-            drawn = sample([(mixtures[i].parts, sum(wanted[i][1])) for i in some], x, generator)
+            drawn = sample([(mixtures[i].parts, sum(wanted[i][1])) for i in some], x, generator, own_uniform)
             for i, (tokens, log_prob) in zip(some, drawn, strict=True):
                 z, sizes = mixtures[i].parts[0][0].read(tokens), wanted[i][1]
                 corrected = self.correct and len(mixtures[i].parts) > 1
@@ -362,8 +363,9 @@ def _fit(start: P, losses: Losses[P], steps: int, optimizer: MakeOptimizer | Des
     for step in range(steps):
         searcher.zero_grad()
         _differentiate(policy, losses(policy, step))
-        if descent.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(params.values(), descent.max_norm, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), descent.max_norm or inf)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm became {norm.item()}: take a smaller step")
         for group, rate in zip(searcher.param_groups, rates, strict=True):
             group["lr"] = rate * (descent.schedule(done + step) if descent.schedule else 1.0)
         searcher.step()

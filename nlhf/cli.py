@@ -300,6 +300,7 @@ def _rows(table: object) -> str:
 
 def _training(name: str, cls: type[Regularized]) -> None:
     def command(options: Annotated[Training, tyro.conf.arg(name="")]) -> None:
+        from nlhf.run import first_process
         from nlhf.train import rows
         from nlhf.train import train as run_training
 
@@ -307,6 +308,8 @@ def _training(name: str, cls: type[Regularized]) -> None:
         data = options.data.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".parquet")
         out = Path("runs", f"{name}-{data}") if options.out is None else options.out
         trace = run_training(algorithm, replace(options, out=out))
+        if not first_process():
+            return
         print(f"{name} on {data}, measured on {options.eval_prompts} held-out prompts, 90% interval of the gap\n")
         print(rows(trace), "\n")
         print("\n".join(f"wrote {path}" for path in sorted(out.iterdir()) if not path.name.startswith(".")))

@@ -100,7 +100,7 @@ class Info:
 
     prox_residual: float | None = 0.0
     """Standard deviation over held-out responses of log pi(y) - log answer(y), in nats. Estimated where responses are
-    sampled: 0 there means too small for the sample to tell from the noise of judging. None where it was not measured."""
+    sampled: 0 there means too small for the sample to tell from the noise of judging. None: not measured."""
     oracle_calls: int = 0
     """Win probabilities P(y > z | x) looked up."""
 

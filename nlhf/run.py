@@ -114,7 +114,7 @@ def run(
             ends as if it had never stopped, to the last bit. An .npz archive, or, if it is called so, a .safetensors
             file with a JSON header (needs `nlhf[llm]`); neither holds anything that is unpickled.
         on_record: called with the trace so far after every recorded step, once it is in the checkpoint, and when a run
-            resumes.
+            resumes. Of several processes the first alone calls it, writes the checkpoint and shows progress.
         status: what the progress bar shows behind the time that is left, such as tokens per second.
 
     Raises ValueError for bad arguments, before any work; FloatingPointError if a metric is not a number.
@@ -155,6 +155,8 @@ def run(
             if np.isnan(value):
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
             records.append((t, name, float(value)))
+        if not first_process():
+            return
         if file is not None:
             memory = {name: metric.memory for name, metric in remembering.items()}
             about = {"run": identity, "t": t, "records": records, "memory": memory}
@@ -174,14 +176,14 @@ def run(
         records = [row for row in records if row[0] % every == 0 or row[0] == steps]  # others are of a shorter run
         for name, metric in remembering.items():
             metric.memory.extend(compress(memory.get(name, []), kept))
-        if on_record is not None:
+        if on_record is not None and first_process():
             on_record(Trace(config, tuple(records), state, 0.0))
     elif file is not None and not os.access(file.parent, os.W_OK):
         raise ValueError(f"checkpoint must be in a folder that can be written, got {file}")
     else:
         with clock.record:
             record(0)
-    shown = sys.stderr.isatty() if progress is None else progress
+    shown = first_process() and (sys.stderr.isatty() if progress is None else progress)
     # The bar's own guess of the time that is left knows nothing of records.
     look: Any = {
         "desc": type(algorithm).__name__,
@@ -243,6 +245,13 @@ def _ends(solver: Any, policy: Policy | None, reference: Policy | None) -> tuple
         if here.shape != there.shape or np.abs(here - there).max() > 1e-6:  # a float32 policy is 1e-7 away
             raise ValueError("reference (by default the policy) must agree with game.reference, got another law")
     return policy, reference.freeze()
+
+
+def first_process() -> bool:
+    """Whether this process is the only one, or the first of those that `torchrun` or `accelerate launch` has started:
+    the one that writes and shows.
+    """
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _plain(value: Any) -> str:

@@ -25,7 +25,7 @@ from nlhf import plotting
 from nlhf.algorithms import MirrorProx, OptimisticMD
 from nlhf.core import Regularized
 from nlhf.ladder import check_folder
-from nlhf.run import Trace, run, write_atomically
+from nlhf.run import Trace, first_process, run, write_atomically
 from nlhf.schedules import check_count, is_number
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Training:
     judge(prompts, a, b) -> the probabilities that a beats b. No question is asked twice: answers are in judge.jsonl."""
     out: Path | None = None
     """The folder of everything that is written; runs/ALGORITHM-DATA if not given."""
+    device: str | None = None
+    """cpu or cuda; a GPU if there is one. Of several processes each takes its own."""
     steps: int = 100
     """Iterations of the algorithm."""
     eta: float | None = None
@@ -151,7 +153,7 @@ def train(algorithm: Regularized, options: Training) -> Trace:
         checkpoint.safetensors  what is needed to go on, to the last bit: parameters, optimiser, evaluation
         metrics.jsonl           an object for each measurement, {"step": 10, "duality_gap": ..., ...}
         samples.jsonl           step, prompt and response of the held-out prompts
-        judge.jsonl             every answer of the judge
+        judge.jsonl             every answer of the judge (judge-1.jsonl: to the second of several processes, ...)
         model                   the last policy, as `CausalLM.save_pretrained` writes it
         curves.png, curves.svg  the certificate against the iteration
 
@@ -163,9 +165,12 @@ def train(algorithm: Regularized, options: Training) -> Trace:
     are malformed (naming file and line), a judge or model that is not there. FloatingPointError if the loss or a
     parameter is not finite: the checkpoint and the model are then those of the last good measurement.
     """
+    from nlhf.llm.processes import join
+
     out = options.out
     if out is None:
         raise ValueError("out must be a folder, got None")
+    join()
     if options.solver == "ipo" and isinstance(algorithm, OptimisticMD):
         raise ValueError("solver must be regression or pg for OptimisticMD, whose opponent is signed, got 'ipo'")
     check_folder(out)
@@ -176,16 +181,17 @@ def train(algorithm: Regularized, options: Training) -> Trace:
     judge = load_judge(options.judge)
     model = _model(options)
     out.mkdir(parents=True, exist_ok=True)
-    clean(out)
-    needed = 8 * _size(model.params) + 2 * _size(dict(model.network.named_parameters()))
-    check_space(out, needed)
-    write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    if first_process():
+        clean(out)
+        check_space(out, 8 * _size(model.params) + 2 * _size(dict(model.network.named_parameters())))
+        write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     from nlhf.llm import Cached, JudgedGame
     from nlhf.llm.preference import sampled_gap
 
     reader = _Reader(model)
-    game = JudgedGame(Cached(judge, out / "judge.jsonl"), known, reader)
+    own = "judge.jsonl" if first_process() else f"judge-{os.environ['RANK']}.jsonl"
+    game = JudgedGame(Cached(judge, out / own), known, reader)
     gap = sampled_gap(model, options.eval_n, options.seed, prompts=held)
     solver = _solver(algorithm, game, options)
     last: deque[Trace] = deque(maxlen=1)
@@ -221,6 +227,8 @@ def train(algorithm: Regularized, options: Training) -> Trace:
         raise
     finally:
         tracker.finish()
+    if not first_process():
+        return trace
     trace.policy.save_pretrained(out / MODEL)
     plotting.save(figure(trace, f"{type(algorithm).__name__} on {options.data.name}"), out / "curves")
     return trace
@@ -443,7 +451,8 @@ def _model(options: Training) -> CausalLM:
     }  # fmt: skip
     if options.model == "tiny":
         return CausalLM.from_scratch(**some)
-    return CausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **some)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return CausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), device=device, **some)
 
 
 def _solver(algorithm: Regularized, game: Any, options: Training) -> Any:

@@ -17,7 +17,6 @@ from nlhf.llm import (
     ContrastiveSolver,
     Descent,
     Enumerate,
-    LogitTable,
     PolicyGradientSolver,
     RegressionSolver,
     Sample,
@@ -114,12 +113,25 @@ def test_an_interrupted_run_ends_the_same(solver: Any, tmp_path: Path) -> None:
 
 
 def test_bfloat16_survives_a_checkpoint() -> None:
-    policy = LogitTable(GAME.reference)
-    policy = policy.with_params({"logits": policy.params["logits"].bfloat16()}, {"steps": torch.tensor(3)})
-    again = LogitTable(GAME.reference).with_params({"logits": torch.zeros(3, 8, dtype=torch.bfloat16)})
-    again = again.replace(policy.arrays())
-    assert torch.equal(again.params["logits"], policy.params["logits"])
-    assert int(again.memory["steps"]) == 3
+    """Parameters and the optimiser's memory, which NumPy has no type for."""
+    policy = START.with_params({name: p.bfloat16() for name, p in START.params.items()})
+    policy.base = policy.base.bfloat16()
+    fitted, _ = RegressionSolver(GAME, Sample(4, held=0), steps=1, optimizer=ADAM)(random_prox(START), policy, seed=0)
+    again = fitted.replace(fitted.arrays())
+    for mine, read in ((fitted.params, again.params), (fitted.memory, again.memory)):
+        assert mine.keys() == read.keys()
+        assert all(torch.equal(mine[name], read[name]) and mine[name].dtype == read[name].dtype for name in mine)
+    assert {p.dtype for p in fitted.memory.values()} == {torch.bfloat16, torch.float32, torch.int64}
+
+
+def test_an_infinite_gradient_stops_a_fit() -> None:
+    def steep(log_prob: torch.Tensor, batch: Any) -> torch.Tensor:
+        return torch.sqrt(log_prob - log_prob.detach()).sum(-1)
+
+    for norm in (None, 1.0):
+        solver = RegressionSolver(GAME, Enumerate(), steep, 1, Descent(ADAM, max_norm=norm))
+        with pytest.raises(FloatingPointError, match="the gradient's norm became"):
+            solver(random_prox(START), START)
 
 
 def test_groups_decoded_together_have_their_own_laws() -> None:

@@ -525,3 +525,24 @@ def test_a_tournament_of_checkpoints(
 def test_a_tournament_that_cannot_be_played(folders: list[str], message: str, model: Path) -> None:
     with pytest.raises((ValueError, OSError), match=message):
         tournament([model.parent / folder for folder in folders], longer, ["Hi"], n=1, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, data: Path, model: Path) -> None:
+    """The same command under torchrun, each process with half of the prompts: float32 sums in another order."""
+    command = ["--data", data, "--model", model, "--steps", 4, "--prompts", 4, "--eval-prompts", 2, "--eval-n", 2,
+               "--every", 2, "--max-new-tokens", 6, "--lora-rank", "None", "--lr", 1e-3, "--solver", "pg"]  # fmt: skip
+    body = tmp_path / "body.py"
+    body.write_text("from nlhf.cli import main\n\nif __name__ == '__main__':\n    main()\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher, out in (([sys.executable], "one"), (launch, "two")):
+        arguments = [*launcher, body, "train", "nash-md", *command, "--out", tmp_path / out]
+        subprocess.run([str(argument) for argument in arguments], check=True, capture_output=True, timeout=300)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert (tmp_path / "two" / "judge-1.jsonl").read_text()
+    rows = [
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")
+    ]
+    for here, there in zip(*rows, strict=True):
+        assert here == pytest.approx(there, abs=1e-3)
