@@ -127,7 +127,7 @@ def _unseen(starts, columns, shares, weights, visits, edges, back):  # type: ign
 
 
 class Sweeps:
-    """M -> w (D P M + c), the laws (S, m - 1) of states; Gauss-Seidel where P is sparse, to and fro.
+    """M -> w (D P M + c), the laws (S, m - 1) of states; Gauss-Seidel where P is sparse, back and forth.
 
     Each core has a range of states of its own, and reads what the others do as it was before.
 

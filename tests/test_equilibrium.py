@@ -236,10 +236,10 @@ def test_many_games_at_once_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_compiled_solver_is_not_needed() -> None:
-    """Its module is the only one that imports numba."""
+    """Two modules alone import numba, and what imports those asks for it first."""
     root_folder = os.path.dirname(equilibrium.__file__)
     for name in os.listdir(root_folder):
-        if name.endswith(".py") and name != "fast.py":
+        if name.endswith(".py") and name not in ("fast.py", "sweeps.py"):
             with open(os.path.join(root_folder, name)) as file:
                 assert "import numba" not in file.read()
 
