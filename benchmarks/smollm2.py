@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,6 +41,10 @@ from nlhf.run import write_atomically
 
 TAU, BETA = 0.02, 0.125
 """KL strength, and the reference's share of the opponent (Munos et al. 2024: 0.125 does best)."""
+
+
+class TimeUp(Exception):
+    """Carries the trace so far, which is in the checkpoint."""
 
 
 def figure(trace: Trace, minutes: float) -> Figure:
@@ -109,16 +112,21 @@ def main(
     solver = PolicyGradientSolver(game, expectation, steps=1, optimizer=descent)
     metric = sampled_gap(policy, 4, seed, prompts=unseen[:8])
     algorithm: Any = NashMD(eta=BETA / TAU, tau=TAU)
-    began, every = perf_counter(), 5
-    for steps in count(every, every):  # a longer run goes on from the checkpoint of a shorter one
-        options: Any = {"policy": policy, "metrics": (metric,), "every": every, "seed": seed}
-        trace = run(algorithm, solver, steps, **options, checkpoint=out / "policy.safetensors")
-        last = {name: value for _, name, value in trace.records}
-        spent = (perf_counter() - began) / 60
+    began = perf_counter()
+
+    def watch(trace: Trace) -> None:
+        last, spent = {name: value for _, name, value in trace.records}, (perf_counter() - began) / 60
         shown = "win rate {win_rate:.3f}  gap {duality_gap:.3f}  KL {kl_to_reference:.2f} nats".format(**last)
-        print(f"{steps:4d}  {shown}  {spent:.1f} min", flush=True)
+        print(f"{trace.records[-1][0]:4d}  {shown}  {spent:.1f} min", flush=True)
         if spent > minutes:
-            break
+            raise TimeUp(trace)
+
+    options: Any = {"policy": policy, "metrics": (metric,), "every": 5, "seed": seed, "on_record": watch}
+    try:
+        run(algorithm, solver, 10**6, **options, checkpoint=out / "policy.safetensors")
+    except TimeUp as up:
+        (trace,) = up.args
+    spent = (perf_counter() - began) / 60
     trace.save(out)
     written = plotting.save(figure(trace, spent), out / "curves")
     lines = [f"{prompt}\n  before  {before[0]!r}\n  after   {after[0]!r}\n" for prompt, before, after in zip(
