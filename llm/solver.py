@@ -17,7 +17,7 @@ from nlhf.llm.decode import sample
 from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, slices, squared_residual, variance
 from nlhf.llm.policy import Params, TokenMixture, TokenPolicy
 from nlhf.llm.processes import add_up, own, own_uniform, place
-from nlhf.schedules import check_count
+from nlhf.schedules import check_count, is_number
 
 P = TypeVar("P", bound=TokenPolicy)
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], Optimizer]
@@ -90,6 +90,8 @@ class Sample:
         for name, least in (("opponents", 2), ("prompts", 1), ("micro", 1), ("held", 0)):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)
+        if self.held == 1:
+            raise ValueError("held must be 0 or at least 2, whose spread can be measured, got 1")
 
     @property
     def m(self) -> int:
@@ -189,12 +191,18 @@ class Descent:
     Args:
         optimizer: makes the optimiser from a list of tensors, for instance `partial(AdamW, lr=1e-5)`.
         schedule: k -> the factor of the learning rate at step k = 0, 1, ...
-        max_norm: the largest Euclidean norm that a gradient keeps.
+        max_norm: the largest Euclidean norm that a gradient keeps, > 0; None for no limit.
+
+    Raises ValueError for a max_norm that is no number > 0.
     """
 
     optimizer: MakeOptimizer
     schedule: Callable[[int], float] | None = None
     max_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
+            raise ValueError(f"max_norm must be a number > 0 or None, got {self.max_norm!r}")
 
 
 @dataclass(frozen=True)

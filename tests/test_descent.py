@@ -134,6 +134,17 @@ def test_an_infinite_gradient_stops_a_fit() -> None:
             solver(random_prox(START), START)
 
 
+def test_bad_numbers_are_named() -> None:
+    for bad in (0, -1.0, float("nan"), "1"):
+        with pytest.raises(ValueError, match=f"max_norm must be a number > 0 or None, got {bad!r}"):
+            Descent(ADAM, max_norm=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="held must be 0 or at least 2, whose spread can be measured, got 1"):
+        Sample(4, held=1)
+    for name in ("prompts", "micro"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
+            Sample(4, **{name: 0})  # type: ignore[arg-type]
+
+
 def test_groups_decoded_together_have_their_own_laws() -> None:
     """Three laws over two transformers, in one loop: shares of 4000 responses each, log-probabilities exactly."""
     one, two = small(8, 1, prompts=2, scale=2), small(8, 2, prompts=2, scale=2)
