@@ -8,11 +8,10 @@ Llama of 0.98 M parameters, prompts of 16 words, responses of exactly as many to
 threads. Every contestant is a process of its own; they take turns, and the medians are over their steps, without the
 first of a turn and without those during which other programs took more than 0.15 cores, unless too few are left.
 
-A step has as many responses for all. Of Nash-MD and magnetic MD these are 32 of the policy and 32 of the opponent, of
-online DPO and IPO two for each of 32 prompts, of GRPO and RLOO eight for each of four, of DPO and IPO 32 pairs. In the
-first two TRL has 32 prompts, ours and the plain loop two responses of each kind for 16, which they read once; TRL reads
-a prompt for every response anyway. Its Nash-MD runs without a cache: with one it samples another law. Magnetic MD,
-which TRL has not, is compared with its Nash-MD.
+A step is the same for all: of Nash-MD and magnetic MD one response of the policy and one of the opponent for each of
+32 prompts, of online DPO and IPO two for each of 32, of GRPO and RLOO eight for each of four, of DPO and IPO 32 pairs.
+Ours and the plain loop read a prompt once for all its responses, TRL for every one. Its Nash-MD runs without a cache:
+with one it samples another law. Magnetic MD, which TRL has not, is compared with its Nash-MD.
 
 A ratio that ends in "x" is peer / ours. --quick shows that everything runs and judges nothing. Takes fifteen minutes.
 """
@@ -47,7 +46,7 @@ RATE, BETA = 1e-4, 0.1
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 ENVIRONMENT |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "CUDA_VISIBLE_DEVICES": ""}
 WIDTHS = {"work": 30, "ours": 8, "peer": 22, "peer's": 8, "ratio": 14, "target": 8, "met": 3, "peak MB": 12}
-GROUPS = {"GRPO": 8, "RLOO": 8}  # responses per prompt; two for the others
+GROUPS = {"GRPO": 8, "RLOO": 8}  # responses per prompt; two for the others, the MDs' one each of policy and opponent
 
 
 class Work(NamedTuple):
@@ -64,8 +63,7 @@ class Work(NamedTuple):
     @property
     def prompts(self) -> int:
         """Per step."""
-        n = GROUPS.get(self.algorithm, 2 if self.algorithm.endswith("MD") else 1)
-        return self.batch // n
+        return self.batch // GROUPS.get(self.algorithm, 1)
 
 
 Lap: TypeAlias = Callable[[], None]
@@ -143,7 +141,8 @@ def loss(work: Work, log_prob: Tensor, reference: Tensor, reward: Tensor) -> Ten
         return ((margin - 0.5 / BETA) ** 2 if ipo else -F.logsigmoid(BETA * margin)).mean()
     if work.algorithm.endswith("MD"):
         mine, theirs = reward.chunk(2, -1)
-        reward = (mine[:, :, None] - theirs[:, None]).sigmoid().mean(-1)
+        gain = (mine - theirs).sigmoid() - BETA * (log_prob.detach() - reference)
+        return -((gain - 0.5) * log_prob).mean()
     gain = reward - BETA * (log_prob.detach() - reference)
     advantage = gain - gain.mean(-1, keepdim=True)
     return -(advantage / (gain.std(-1, keepdim=True) + 1e-4 if work.algorithm == "GRPO" else 1) * log_prob).mean()
@@ -169,9 +168,10 @@ def ours(work: Work, lap: Lap) -> None:
     generator, offline = torch.Generator().manual_seed(0), pairs(work)
     live = {name: p.clone().requires_grad_() for name, p in start.items()}
     policy, optimizer = reference.with_params(live), torch.optim.AdamW(live.values(), lr=RATE, fused=True)
-    game, sampled = JudgedGame(taste.judge, prompts, policy.text), Sample(2, None, False, work.prompts, held=0)
+    game, sampled = JudgedGame(taste.judge, prompts, policy.text), Sample(1, None, False, work.prompts, held=0)
+    pair = Sample(2, None, False, work.prompts, held=0)
     options: Any = {"steps": 1, "optimizer": partial(torch.optim.AdamW, lr=RATE, fused=True)}
-    ascend, contrast = PolicyGradientSolver(game, sampled, **options), ContrastiveSolver(game, sampled, **options)
+    ascend, contrast = PolicyGradientSolver(game, sampled, **options), ContrastiveSolver(game, pair, **options)
     algorithm = NashMD(5.0, BETA) if work.algorithm == "Nash-MD" else MagneticMD(5.0, BETA)
     state, fitted = algorithm.init(reference), reference
     mixture = TokenMixture(((policy, 0.5), (reference, 0.5)))
@@ -303,9 +303,9 @@ def floor(work: Work, lap: Lap) -> None:
         if work.algorithm in ("DPO", "IPO"):
             y = offline[rows]
         else:
-            n = 4 if work.algorithm.endswith("MD") else GROUPS.get(work.algorithm, 2)
-            y = policy.sample(x, n, work.tokens, reference if work.algorithm == "Nash-MD" else None)
-        reward, y = scores[y].mean(-1), y[:, :2] if work.algorithm.endswith("MD") else y
+            mixed = reference if work.algorithm == "Nash-MD" else None
+            y = policy.sample(x, GROUPS.get(work.algorithm, 2), work.tokens, mixed)
+        reward, y = scores[y].mean(-1), y[:, :1] if work.algorithm.endswith("MD") else y
         log_prob, anchor = policy.log_prob(x, y), None
         if work.algorithm != "GRPO":
             with torch.no_grad():

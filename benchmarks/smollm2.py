@@ -77,7 +77,7 @@ def main(
     model: Path,
     data: Path,
     minutes: float = 15.0,
-    comparisons: int = 160,
+    comparisons: int = 800,
     tokens: int = 32,
     out: Path = Path("runs/smollm2"),
     seed: int = 0,
@@ -107,10 +107,11 @@ def main(
     prompts, unseen = (list(dict.fromkeys(c.prompt for c in some)) for some in (learned, held))
     asked = Cached(fit.model, out / "judged.jsonl")
     game = JudgedGame(asked, prompts, policy.text)
-    expectation = Sample(4, opponents=2, correct=False, prompts=min(4, len(prompts)), held=0)
-    descent = Descent(partial(AdamW, lr=2e-4), lambda k: min(1.0, (k + 1) / 5), max_norm=1.0)
+    # judging takes most of the time, so no comparison shares a response with another opponent
+    expectation = Sample(4, opponents=1, correct=False, prompts=min(8, len(prompts)), held=0)
+    descent = Descent(partial(AdamW, lr=1e-3), lambda k: min(1.0, (k + 1) / 5), max_norm=1.0)
     solver = PolicyGradientSolver(game, expectation, steps=1, optimizer=descent)
-    metric = sampled_gap(policy, 4, seed, prompts=unseen[:8])
+    metric = sampled_gap(policy, 4, seed, prompts=unseen[:16])
     algorithm: Any = NashMD(eta=BETA / TAU, tau=TAU)
     began = perf_counter()
 
@@ -121,7 +122,7 @@ def main(
         if spent > minutes:
             raise TimeUp(trace)
 
-    options: Any = {"policy": policy, "metrics": (metric,), "every": 5, "seed": seed, "on_record": watch}
+    options: Any = {"policy": policy, "metrics": (metric,), "every": 10, "seed": seed, "on_record": watch}
     try:
         run(algorithm, solver, 10**6, **options, checkpoint=out / "policy.safetensors")
     except TimeUp as up:
@@ -130,7 +131,7 @@ def main(
     trace.save(out)
     written = plotting.save(figure(trace, spent), out / "curves")
     lines = [f"{prompt}\n  before  {before[0]!r}\n  after   {after[0]!r}\n" for prompt, before, after in zip(
-        unseen[:8], metric.memory[0], metric.memory[-1], strict=True)]  # fmt: skip
+        unseen[:16], metric.memory[0], metric.memory[-1], strict=True)]  # fmt: skip
     write_atomically(out / "responses.txt", "\n".join(lines).encode())
     values = trace.values("win_rate")[1]
     print(f"\nwin rate {values[0]:.3f} -> {np.mean(values[-3:]):.3f} (last three), judge asked {asked.calls} times")

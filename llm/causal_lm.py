@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from nlhf.llm.data import Prompt
 from nlhf.llm.folders import converted, quiet_in_a_pipe, write_adapter, write_model
-from nlhf.llm.llama import Llama, supported
+from nlhf.llm.llama import Llama, supported, token_log_prob
 from nlhf.llm.policy import Params, TokenPolicy, alive
 
 
@@ -42,6 +42,7 @@ class CausalLM(TokenPolicy):
         self.network, self.tokenizer, self.params = network, tokenizer, params
         self.length, self.eos = max_new_tokens, tokenizer.eos_token_id
         self.llama = Llama.of(network) if supported(network) else None
+        self.head = None if self.llama else _plain_head(network)
 
     @classmethod
     def from_pretrained(
@@ -154,25 +155,31 @@ class CausalLM(TokenPolicy):
         """(B, n) log pi(y | x), end token included, in nats."""
         kept = alive(y, self.eos)
         y = y[..., : (longest := int(kept.sum(-1).max()))]  # what every response has ended before is not read
-        if self.llama is None:
-            logits = self._logits(x, y)
+        if self.llama is not None:
+            chosen = self.llama.log_prob(self._weights(), *self.encode(x), y)
+        elif self.head is not None:
+            states, head = self._outputs(x, y, states=True), self.network.get_parameter(self.head)
+            chosen = token_log_prob(states.flatten(0, 1), self.params.get(self.head, head), y.flatten()).view(y.shape)
+        else:
+            logits = self._outputs(x, y).unflatten(0, y.shape[:2])
             # gather before normalising: no second tensor of the vocabulary's size
             chosen = logits.gather(-1, y[..., None]).squeeze(-1) - logits.logsumexp(-1)
-        else:
-            chosen = self.llama.log_prob(self._weights(), *self.encode(x), y)
         return chosen.masked_fill(~kept[..., :longest], 0.0).sum(-1)
 
     def next_log_probs(self, x: Sequence[Prompt], y: Tensor) -> Tensor:
         """(B, n, T, V) log pi(. | x, y_<t)."""
         if self.llama is not None:
             return self.llama.logits(self._weights(), *self.encode(x), y).log_softmax(-1)
-        return self._logits(x, y).log_softmax(-1)
+        return self._outputs(x, y).unflatten(0, y.shape[:2]).log_softmax(-1)
 
     def start(self, x: Sequence[Prompt], n: int) -> tuple[Tensor, Any]:
         """(B n, V) logits of the first token; every prompt is read once for its n responses."""
         if self.llama is not None:
             return self.llama.prefill(self._weights(), *self.encode(x), n, self.length)
-        return self._read(x, n)
+        out, mask = self._read(x)
+        out.past_key_values.batch_repeat_interleave(n)
+        first = out.logits[:, -1].float().repeat_interleave(n, 0)
+        return first, (out.past_key_values, mask.repeat_interleave(n, 0))
 
     def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """(rows, V) logits of the next token."""
@@ -199,23 +206,27 @@ class CausalLM(TokenPolicy):
             params = {name: p for name, p in params.items() if "lora_" not in name}
         return {**fixed, **params}
 
-    def _logits(self, x: Sequence[Prompt], y: Tensor) -> Tensor:
-        """(B, n, T, V) logits before every token of y, in float32; every prompt is read once for its n responses."""
-        tokens, T = y.flatten(0, 1), y.shape[-1]
-        first, (past, mask) = self._read(x, y.shape[1])
-        logits = first[:, None]
-        if T > 1:
-            mask = torch.cat([mask, alive(tokens, self.eos)[:, :-1].long()], 1)
-            rest = self._call(tokens[:, :-1], mask, past_key_values=past, use_cache=True).logits
-            logits = torch.cat([logits, rest.float()], 1)
-        return logits.unflatten(0, y.shape[:2])
+    def _outputs(self, x: Sequence[Prompt], y: Tensor, states: bool = False) -> Tensor:
+        """(B n, T, V) logits before every token of y, in float32, or the states (B n, T, d) that the head reads."""
 
-    def _read(self, x: Sequence[Prompt], n: int) -> tuple[Tensor, Any]:
+        def kept(out: Any) -> Tensor:
+            return out.hidden_states[-1] if states else out.logits.float()
+
+        n, T, tokens = *y.shape[1:], y.flatten(0, 1)
+        options = {"logits_to_keep": 1, "output_hidden_states": True} if states else {}
+        out, mask = self._read(x, **options)
+        found = kept(out)[:, -1:].repeat_interleave(n, 0)
+        if T > 1:
+            out.past_key_values.batch_repeat_interleave(n)
+            mask = torch.cat([mask.repeat_interleave(n, 0), alive(tokens, self.eos)[:, :-1].long()], 1)
+            options |= {"past_key_values": out.past_key_values, "use_cache": True}
+            found = torch.cat([found, kept(self._call(tokens[:, :-1], mask, **options))], 1)
+        return found
+
+    def _read(self, x: Sequence[Prompt], **options: Any) -> tuple[Any, Tensor]:
+        """What the network says at the end of every prompt, and the mask (B, L): each prompt is read once."""
         tokens, mask = self.encode(x)
-        out = self._call(tokens, mask, use_cache=True, logits_to_keep=1)
-        out.past_key_values.batch_repeat_interleave(n)
-        past = out.past_key_values, mask.repeat_interleave(n, 0)
-        return out.logits[:, -1].float().repeat_interleave(n, 0), past
+        return self._call(tokens, mask, **{"use_cache": True, "logits_to_keep": 1, **options}), mask
 
     def _call(self, tokens: Tensor, mask: Tensor, **options: Any) -> Any:
         # Positions count real tokens only: left padding must not shift them.
@@ -283,6 +294,21 @@ def trainable(network: nn.Module, seed: int) -> dict[str, Tensor]:
         for name, p in network.named_parameters()
         if p.requires_grad
     }
+
+
+@torch.no_grad()
+def _plain_head(network: Any) -> str | None:
+    """The name of the matrix that makes logits of the last states, if nothing is added to them, capped or scaled."""
+    head = network.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    tokens = torch.linspace(0, len(head.weight) - 1, 8, device=head.weight.device).long()  # padding alone may read as 0
+    out = network(tokens[None], output_hidden_states=True)
+    plain = nn.functional.linear(out.hidden_states[-1], head.weight)
+    # the same product again, but for the order of its sums
+    rounding = 8 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    same = out.logits.shape == plain.shape and float((plain - out.logits).abs().max()) <= rounding
+    return next(name for name, p in network.named_parameters() if p is head.weight) if same else None
 
 
 def _locate(path: Path) -> tuple[Path, dict[str, str]]:

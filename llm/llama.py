@@ -133,7 +133,7 @@ class Llama:
         """(B, n, T) log-probabilities of the tokens of y, in float32."""
         w = _plain(params)
         hidden = self._read(w, tokens, mask, y[..., :-1]).flatten(0, 1)
-        return _Chosen.apply(hidden, _head(w), y.flatten()).view(y.shape)  # type: ignore[no-untyped-call]
+        return token_log_prob(hidden, _head(w), y.flatten()).view(y.shape)
 
     def _read(self, w: Weights, tokens: Tensor, mask: Tensor, y: Tensor, states: Tensor | None = None) -> Tensor:
         """(B n, 1 + T, d) the last hidden states at the end of the prompts and at every token of y (B, n, T).
@@ -227,6 +227,14 @@ def _bias(seen: Tensor, like: Tensor) -> Tensor:
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotary positions, (x1, x2) cos + (-x2, x1) sin; the sign is in the sines."""
     return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])
+
+
+def token_log_prob(hidden: Tensor, head: Tensor, chosen: Tensor) -> Tensor:
+    """(rows,) log softmax(hidden @ head.T) at the chosen tokens, in float32, of states (rows, d) and a head (V, d).
+
+    No more than `CHUNK` logits are held at a time, in the backward pass neither.
+    """
+    return _Chosen.apply(hidden, head, chosen)  # type: ignore[no-untyped-call]
 
 
 class _Chosen(torch.autograd.Function):

@@ -106,13 +106,14 @@ def policy_gradient(log_prob: Tensor, log_anchor: Tensor, win: Tensor, eta: floa
 
         -mean_i A_i log pi(y_i),   R_i = win_i - (log pi(y_i) - log anchor(y_i)) / eta,   A_i = R_i - mean_{j != i} R_j
 
-    The KL is that of whole sequences; the leave-one-out baseline keeps the estimate unbiased. All (B, n), n >= 2.
+    The KL is that of whole sequences; the leave-one-out baseline keeps the estimate unbiased. A single response is
+    compared with 1/2, what it wins against itself. All (B, n).
 
     Source: Munos et al. 2024, arXiv:2312.00886, section 7; the baseline is that of Kool et al. 2019.
     """
     reward = win - (log_prob.detach() - log_anchor) / eta
     n = reward.shape[-1]
-    advantage = (reward - reward.mean(-1, keepdim=True)) * (n / (n - 1))
+    advantage = reward - 0.5 if n == 1 else (reward - reward.mean(-1, keepdim=True)) * (n / (n - 1))
     return -(advantage * log_prob).mean(-1)
 
 

@@ -66,8 +66,9 @@ class Sample:
     is decoded token by token, `TokenMixture`, which is another law. What is drawn at a time is decoded together.
 
     Args:
-        n: responses per prompt, at least 2.
-        opponents: responses of the opponent per prompt, at least 2; n by default.
+        n: responses per prompt; at least 2 where a solver compares them with each other, which policy gradients need
+            not.
+        opponents: responses of the opponent per prompt, at least 2 if they are corrected; n by default.
         correct: weigh the samples of a mixture by `TokenMixture.log_weight`, self-normalised, so that they stand for
             the mixture of whole responses. Right for short responses; for long ones a few weights take all.
         prompts: how many prompts are drawn for each batch, all by default.
@@ -86,10 +87,12 @@ class Sample:
     held: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("n", self.n, 2)
-        for name, least in (("opponents", 2), ("prompts", 1), ("micro", 1), ("held", 0)):
+        check_count("n", self.n, 1)
+        for name, least in (("opponents", 1), ("prompts", 1), ("micro", 1), ("held", 0)):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, least)
+        if self.correct and self.m == 1:
+            raise ValueError("opponents must be at least 2 to be weighed against each other, got 1: or correct=False")
         if self.held == 1:
             raise ValueError("held must be 0 or at least 2, whose spread can be measured, got 1")
 
@@ -226,6 +229,8 @@ class RegressionSolver:
     >>> trace.policy.log_prob(..., ...).exp().numpy().round(6)
     array([[0.375327, 0.277433, 0.34724 ]])
 
+    Raises ValueError for `Sample(1)`: a single response has nothing to be compared with.
+
     Source: see `nlhf.llm.losses`.
     """
 
@@ -234,6 +239,9 @@ class RegressionSolver:
     loss: Loss = variance
     steps: int = 10
     optimizer: MakeOptimizer | Descent | None = None
+
+    def __post_init__(self) -> None:
+        _check_several(self.expectation)
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         generator = _generator(self.expectation, seed)
@@ -254,7 +262,7 @@ class ContrastiveSolver:
     Args:
         game, expectation, steps, optimizer: as in `RegressionSolver`.
 
-    Raises ValueError for an opponent that is a signed list of policies, from which no pair can be drawn.
+    Raises ValueError where no pair can be drawn: for `Sample(1)`, and for a signed list of policies as the opponent.
 
     Source: `nlhf.llm.losses.ipo`.
     """
@@ -263,6 +271,9 @@ class ContrastiveSolver:
     expectation: Enumerate | Sample = Enumerate()
     steps: int = 10
     optimizer: MakeOptimizer | Descent | None = None
+
+    def __post_init__(self) -> None:
+        _check_several(self.expectation)
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
         if isinstance(prox.opponent, Mixture):
@@ -461,6 +472,11 @@ def _generator(expectation: Enumerate | Sample, seed: int | None) -> torch.Gener
     if seed is None:
         raise ValueError("a solver that samples needs a seed: call it through nlhf.run or nlhf.seeded")
     return torch.Generator().manual_seed(seed)
+
+
+def _check_several(expectation: Enumerate | Sample) -> None:
+    if isinstance(expectation, Sample):
+        check_count("n", expectation.n, 2)
 
 
 def _shares(game: Any) -> Tensor:

@@ -111,11 +111,12 @@ class Training:
     """Of the split, the prompts, the responses and the adapters."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "n": 2, "prompts": 1, "inner_steps": 1, "warmup": 0, "max_new_tokens": 1, "every": 1,
+        alone = 1 if self.solver == "pg" else 2  # the others compare the responses to a prompt
+        least = {"steps": 1, "n": alone, "prompts": 1, "inner_steps": 1, "warmup": 0, "max_new_tokens": 1, "every": 1,
                  "eval_prompts": 1, "eval_n": 2, "seed": 0}  # fmt: skip
         for name, smallest in least.items():
             check_count(name, getattr(self, name), smallest)
-        for name, smallest in (("opponents", 2), ("micro", 1), ("lora_rank", 1)):
+        for name, smallest in (("opponents", 1), ("micro", 1), ("lora_rank", 1)):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value, smallest)
         for name in ("tau", "lr", "max_norm"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nlhf.core import Geometric
-from nlhf.llm import LogitTable, RegressionSolver, Sample, TinyTransformer, TokenMixture, losses
+from nlhf.llm import ContrastiveSolver, LogitTable, RegressionSolver, Sample, TinyTransformer, TokenMixture, losses
 from nlhf.llm.losses import Batch
 from nlhf.tabular import MatrixGame
 from tests.checks import assert_close
@@ -140,9 +140,30 @@ def test_sample_takes_equal_parts_and_reports_what_it_looked_up() -> None:
     assert (batch.calls, one.calls, two.calls) == (3 * 9 * 16, 3 * 4 * 2, 3 * 4 * 2)
     with pytest.raises(ValueError, match="needs a seed"):
         RegressionSolver(game, Sample(8))(random_prox(start), start)
-    for bad in (1, True, 2.5):
-        with pytest.raises(ValueError, match=f"n must be an integer >= 2, got {bad!r}"):
+    for bad in (0, True, 2.5):
+        with pytest.raises(ValueError, match=f"n must be an integer >= 1, got {bad!r}"):
             Sample(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="opponents must be at least 2"):
+        Sample(1)
+    for solver in (RegressionSolver, ContrastiveSolver):
+        with pytest.raises(ValueError, match="n must be an integer >= 2, got 1"):
+            solver(game, Sample(1, correct=False))
+
+
+def test_one_response_against_one_opponent_is_unbiased() -> None:
+    """All 8 * 8 outcomes, as TRL draws them."""
+    game = MatrixGame.random(8, seed=0)
+    policy, params = trainable(small(8))
+    anchor, other = small(8, seed=1), small(8, seed=2)
+    eta, everything, matrix = 0.7, torch.arange(8)[None], torch.tensor(game.matrix)
+    p, log_anchor = policy.log_prob([0], everything)[0], anchor.log_prob([0], everything)[0]
+    q = other.log_prob([0], everything)[0].exp()
+    exact = gradient(-(p.exp() @ (matrix @ q - (p - log_anchor) / eta)), params)
+    p = policy.log_prob([0], everything)[0]
+    y, chance = everything.T, p.detach().exp()
+    mean = sum(q[j] * (chance @ losses.policy_gradient(p[y], log_anchor[y], matrix[y, j], eta)) for j in range(8))
+    assert exact.abs().max() > 1e-2
+    assert_close(gradient(torch.as_tensor(mean), params), exact, atol=1e-8)
 
 
 def test_importance_weights_make_the_token_mixture_stand_for_the_sequence_mixture() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nlhf.llm import llama
+from nlhf.llm import CausalLM, llama
+from nlhf.llm.causal_lm import bytes_tokenizer
 from nlhf.llm.llama import Llama, supported
 from tests.checks import assert_close
 
@@ -166,16 +167,19 @@ def test_adapters(rslora: bool) -> None:
         assert_close(one, two, atol=SLOPES * float(two.abs().max()))
 
 
+class Widest(TorchDispatchMode):
+    """Remembers the largest tensor whose last dimension is the vocabulary."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and V in out.shape[-1:]:
+            self.seen = max(self.seen, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
 def test_no_more_logits_are_held_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Widest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and V in out.shape[-1:]:
-                self.seen = max(self.seen, out.numel())
-            return out
-
     network, y = make("Llama"), tokens(3, 10, 4, seed=1)
     monkeypatch.setattr(llama, "CHUNK", 40 * V)
     with Widest() as widest:  # type: ignore[no-untyped-call]
@@ -219,3 +223,43 @@ def test_what_differs_is_refused() -> None:
     assert supported(merged)
     merged.merge_adapter()
     assert not supported(merged)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_other_models_in_chunks(adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 goes through transformers, yet holds no more logits than a chunk, and its gradients are autograd's."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        network: Any = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=V, bos_token_id=1, eos_token_id=1, **sizes)
+        ).eval()
+    if adapters:
+        network = adapted(network.requires_grad_(False), fan_in_fan_out=True)
+    params = {name: p.detach().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
+    policy = CausalLM(network, bytes_tokenizer(), params, 4)
+    monkeypatch.setattr(policy, "encode", lambda x: (tokens(3, 5), MASK))
+    policy.eos, y = V, tokens(3, 10, 4, seed=1)
+    monkeypatch.setattr(llama, "CHUNK", 40 * V)
+    with Widest() as widest:  # type: ignore[no-untyped-call]
+        found = policy.log_prob([], y)
+        slopes = torch.autograd.grad(found.sum(), list(params.values()))
+    assert policy.head is not None
+    assert widest.seen == 40 * V
+
+    def call(row: Tensor) -> Any:
+        return functional_call(network, params, (row,))
+
+    expected = chosen(by_hand(call, tokens(3, 5), MASK, y), y).sum(-1)
+    assert_close(found.detach(), expected.detach(), atol=4 * FLOAT32)
+    for one, two in zip(slopes, torch.autograd.grad(expected.sum(), list(params.values())), strict=True):
+        assert_close(one, two, atol=SLOPES * float(two.abs().max()))
+
+
+def test_logits_that_are_capped_are_told_apart() -> None:
+    network = make("Gemma2", num_key_value_heads=2, head_dim=4, final_logit_softcapping=2.0)
+    policy = CausalLM(network, bytes_tokenizer(), weights(network), 4)
+    assert policy.llama is None
+    assert policy.head is None
+    plain = make("Gemma2", num_key_value_heads=2, head_dim=4, final_logit_softcapping=None)
+    assert CausalLM(plain, bytes_tokenizer(), weights(plain), 4).head == "model.embed_tokens.weight"
