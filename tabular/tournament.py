@@ -44,7 +44,7 @@ def bradley_terry_scores(win_prob: Floats, weights: Floats | None = None) -> Flo
     for _ in range(200):
         fitted = expit(scores[:, None] - scores)
         gradient = np.sum(count * (win_prob - fitted), axis=1)
-        if np.abs(gradient).max() <= 1e-12 * count.sum(axis=1).max():
+        if (np.abs(gradient) <= 1e-12 * count.sum(axis=1)).all():  # of each: some are rarely compared
             break
         curvature = count * fitted * (1 - fitted)
         laplacian = np.diag(curvature.sum(axis=1)) - curvature
