@@ -281,6 +281,34 @@ def tournament(
     print("\n".join(f"wrote {path}" for path in found.save(out)))
 
 
+def verify(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("all",),
+    budget: Literal["quick", "full"] = "quick",
+    workers: int | None = None,
+    out: Path = Path("runs", "verify"),
+) -> None:
+    """Try to break the theorems, and the code that they are about. Exit code 1 if one of them breaks.
+
+    Args:
+        names: ids of claims, such as nash_md/one-step, or papers, such as nash_md, or all.
+        budget: quick, random instances; or full, more of them and a search for the tightest one.
+        workers: processes; one per core if not given, 0 for none beside this one, where a debugger works.
+        out: where to write.
+    """
+    from nlhf.ladder import check_folder
+    from nlhf.verify import verify as try_to_break
+
+    if workers is not None:
+        check_count("workers", workers, 0)
+    check_folder(out)
+    report = try_to_break(names, budget, workers, progress=sys.stderr.isatty())
+    print(report.rows(), "\n")
+    print(f"{report.summary()}, {report.seconds:.0f} s\n")
+    print("\n".join(f"wrote {path}" for path in report.save(out)))
+    if report.failing:
+        sys.exit(1)
+
+
 def _taus(text: str) -> list[float]:
     try:
         return [float(check_tau(float(part))) for part in text.split(",")]
@@ -323,7 +351,7 @@ train.command(preference)
 for algorithm_name, algorithm_class in ALGORITHMS.items():
     _training(algorithm_name, algorithm_class)
 app = SubcommandApp()
-for command in (ladder, solve, evaluate, tournament):
+for command in (ladder, solve, evaluate, tournament, verify):
     app.command(command)
 app.command(train, name="train", help="Fit a preference model to data, or train a language model against a judge.")
 
