@@ -17,6 +17,7 @@ from nlhf.llm.data import Prompt
 from nlhf.llm.folders import converted, quiet_in_a_pipe, write_adapter, write_model
 from nlhf.llm.llama import Llama, supported, token_log_prob
 from nlhf.llm.policy import Params, TokenPolicy, alive
+from nlhf.llm.shards import full, like, shard
 
 
 class CausalLM(TokenPolicy):
@@ -26,6 +27,10 @@ class CausalLM(TokenPolicy):
     The network is shared by every policy made of it and is never changed: a policy is the network called with
     parameters of its own. With LoRA these are the adapters, a few megabytes, and the reference is the policy whose
     adapters are zero. The log-probability counts the end token; a response without one is cut at T tokens.
+
+    Under FSDP (`nlhf.llm.shards`) parameters are sharded, the frozen ones too, and all processes call every method
+    together. A Llama-like network gathers them by layers, any other as a whole. Decoding gathers a policy once and
+    holds it whole to the end: to gather at every token would be far too slow.
 
     Args:
         network: a `transformers` causal model, with adapters or without, in evaluation mode.
@@ -72,6 +77,7 @@ class CausalLM(TokenPolicy):
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
             network = with_adapters(network, lora_rank, "CAUSAL_LM")
+        shard(network, device)
         network = network.to(device)
         return cls(network.eval(), tokenizer, trainable(network, seed), max_new_tokens)
 
@@ -106,6 +112,7 @@ class CausalLM(TokenPolicy):
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
             network = with_adapters(network, lora_rank, "CAUSAL_LM")
+        shard(network)
         return cls(network.eval(), tokenizer, trainable(network, seed), max_new_tokens)
 
     def save_pretrained(self, folder: str | PathLike[str], *, adapter_only: bool = False) -> None:
@@ -115,7 +122,7 @@ class CausalLM(TokenPolicy):
         that log-probabilities agree to rounding only.
 
         Args:
-            folder: written as a whole or not at all; an older copy is replaced.
+            folder: written as a whole or not at all, by the first of several processes; an older copy is replaced.
             adapter_only: write the adapters instead, to the last bit, for `peft.PeftModel.from_pretrained`.
 
         Raises ValueError if there are no adapters to write, FileExistsError if `folder` holds other files.
@@ -158,8 +165,9 @@ class CausalLM(TokenPolicy):
         if self.llama is not None:
             chosen = self.llama.log_prob(self._weights(), *self.encode(x), y)
         elif self.head is not None:
-            states, head = self._outputs(x, y, states=True), self.network.get_parameter(self.head)
-            chosen = token_log_prob(states.flatten(0, 1), self.params.get(self.head, head), y.flatten()).view(y.shape)
+            states = self._outputs(x, y, states=True).flatten(0, 1)
+            head = full(self.params.get(self.head, self.network.get_parameter(self.head)))
+            chosen = token_log_prob(states, head, y.flatten()).view(y.shape)
         else:
             logits = self._outputs(x, y).unflatten(0, y.shape[:2])
             # gather before normalising: no second tensor of the vocabulary's size
@@ -176,33 +184,33 @@ class CausalLM(TokenPolicy):
         """(B n, V) logits of the first token; every prompt is read once for its n responses."""
         if self.llama is not None:
             return self.llama.prefill(self._weights(), *self.encode(x), n, self.length)
-        out, mask = self._read(x)
+        out, mask, weights = self._read(x)
         out.past_key_values.batch_repeat_interleave(n)
         first = out.logits[:, -1].float().repeat_interleave(n, 0)
-        return first, (out.past_key_values, mask.repeat_interleave(n, 0))
+        return first, (out.past_key_values, mask.repeat_interleave(n, 0), weights)
 
     def extend(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """(rows, V) logits of the next token."""
         if self.llama is not None:
             return self.llama.decode(tokens, cache), cache
-        past, mask = cache
+        past, mask, weights = cache
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = self._call(tokens[:, None], mask, use_cache=True, past_key_values=past)
-        return out.logits[:, -1].float(), (out.past_key_values, mask)
+        out = self._call(weights, tokens[:, None], mask, use_cache=True, past_key_values=past)
+        return out.logits[:, -1].float(), (out.past_key_values, mask, weights)
 
     def keep(self, cache: Any, rows: Tensor) -> Any:
         """These rows of a cache alone."""
         if self.llama is not None:
             return cache.keep(rows)
-        past, mask = cache
+        past, mask, weights = cache
         past.batch_select_indices(rows)
-        return past, mask[rows]
+        return past, mask[rows], weights
 
     def _weights(self) -> Params:
         """All parameters by name; without adapters that change nothing, which is how the reference is told apart."""
         params, fixed = self.params, {name: p for name, p in self.network.named_parameters() if name not in self.params}
         idle = [p for name, p in params.items() if "lora_B" in name and not p.requires_grad]
-        if idle and not any(p.any() for p in idle):
+        if idle and not any(full(p.any()) for p in idle):
             params = {name: p for name, p in params.items() if "lora_" not in name}
         return {**fixed, **params}
 
@@ -214,25 +222,26 @@ class CausalLM(TokenPolicy):
 
         n, T, tokens = *y.shape[1:], y.flatten(0, 1)
         options = {"logits_to_keep": 1, "output_hidden_states": True} if states else {}
-        out, mask = self._read(x, **options)
+        out, mask, weights = self._read(x, **options)
         found = kept(out)[:, -1:].repeat_interleave(n, 0)
         if T > 1:
             out.past_key_values.batch_repeat_interleave(n)
             mask = torch.cat([mask.repeat_interleave(n, 0), alive(tokens, self.eos)[:, :-1].long()], 1)
             options |= {"past_key_values": out.past_key_values, "use_cache": True}
-            found = torch.cat([found, kept(self._call(tokens[:, :-1], mask, **options))], 1)
+            found = torch.cat([found, kept(self._call(weights, tokens[:, :-1], mask, **options))], 1)
         return found
 
-    def _read(self, x: Sequence[Prompt], **options: Any) -> tuple[Any, Tensor]:
-        """What the network says at the end of every prompt, and the mask (B, L): each prompt is read once."""
+    def _read(self, x: Sequence[Prompt], **options: Any) -> tuple[Any, Tensor, Params]:
+        """What the network says at the end of every prompt, the mask (B, L), and all weights, gathered once."""
         tokens, mask = self.encode(x)
-        return self._call(tokens, mask, **{"use_cache": True, "logits_to_keep": 1, **options}), mask
+        weights = {name: full(p) for name, p in {**dict(self.network.named_parameters()), **self.params}.items()}
+        return self._call(weights, tokens, mask, **{"use_cache": True, "logits_to_keep": 1, **options}), mask, weights
 
-    def _call(self, tokens: Tensor, mask: Tensor, **options: Any) -> Any:
+    def _call(self, weights: Params, tokens: Tensor, mask: Tensor, **options: Any) -> Any:
         # Positions count real tokens only: left padding must not shift them.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **options}
-        return functional_call(self.network, dict(self.params), (), inputs)
+        return functional_call(self.network, dict(weights), (), inputs)
 
     def __repr__(self) -> str:
         weights = sum(p.numel() for p in self.params.values())
@@ -290,7 +299,7 @@ def trainable(network: nn.Module, seed: int) -> dict[str, Tensor]:
     """The parameters to train by name: adapters as LoRA starts them, drawn from the seed, the others as they are."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: _initial_adapter(name, p, generator).to(p.device) if "lora_" in name else p.detach()
+        name: like(_initial_adapter(name, p, generator), p) if "lora_" in name else p.detach()
         for name, p in network.named_parameters()
         if p.requires_grad
     }
@@ -302,13 +311,15 @@ def _plain_head(network: Any) -> str | None:
     head = network.get_output_embeddings()
     if type(head) is not nn.Linear:
         return None
-    tokens = torch.linspace(0, len(head.weight) - 1, 8, device=head.weight.device).long()  # padding alone may read as 0
-    out = network(tokens[None], output_hidden_states=True)
-    plain = nn.functional.linear(out.hidden_states[-1], head.weight)
+    named, matrix = dict(network.named_parameters()), full(head.weight)
+    tokens = torch.linspace(0, len(matrix) - 1, 8, device=matrix.device).long()  # padding alone may read as 0
+    weights = {name: full(p) for name, p in named.items()}
+    out = functional_call(network, weights, (tokens[None],), {"output_hidden_states": True})
+    plain = nn.functional.linear(out.hidden_states[-1], matrix)
     # the same product again, but for the order of its sums
     rounding = 8 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
     same = out.logits.shape == plain.shape and float((plain - out.logits).abs().max()) <= rounding
-    return next(name for name, p in network.named_parameters() if p is head.weight) if same else None
+    return next(name for name, p in named.items() if p is head.weight) if same else None
 
 
 def _locate(path: Path) -> tuple[Path, dict[str, str]]:

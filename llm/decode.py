@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from nlhf.llm.shards import gathered_once
+
 if TYPE_CHECKING:
     from nlhf.llm.policy import TokenPolicy
 
@@ -59,7 +61,7 @@ def sample(
     """Draw n responses per prompt for every group (parts, n).
 
     A policy reads each prompt once, and decodes the responses of all groups that it has a part in as one batch. Those
-    that have ended leave it.
+    that have ended leave it. Sharded policies are gathered before the first token, and whole until the last.
 
     Args:
         groups: mixtures, and how many responses of each; ([(policy, 1.0)], n) samples that policy.
@@ -71,7 +73,8 @@ def sample(
     log-probabilities (B, n) under the law that was sampled, in nats.
     """
     policies = {id(policy.params): policy for parts, _ in groups for policy, weight in parts if weight}
-    readers = [_Reader(policy, groups, x) for policy in policies.values()]
+    with gathered_once():
+        readers = [_Reader(policy, groups, x) for policy in policies.values()]
     counts, (first, *_) = [n for _, n in groups], readers
     length, eos, (rows, V) = first.policy.length, first.policy.eos, (first.prompts * sum(counts), first.logits.shape[1])
     at = first.logits.device

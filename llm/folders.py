@@ -19,13 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from nlhf.llm.policy import Params
+from nlhf.llm.processes import place
+from nlhf.llm.shards import full, is_sharded
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder` and rename it; an older one is replaced.
+    """Let `write` fill a folder beside `folder` and rename it; an older one is replaced. The first process alone does.
 
     Raises FileExistsError if `folder` holds a file that the new one does not: it is no older copy.
     """
+    if place()[0]:
+        return
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
@@ -69,7 +73,7 @@ def write_adapter(folder: Path, network: Any, params: Params, tokenizer: Any) ->
 
     config = copy.deepcopy(network.peft_config["default"])
     config.inference_mode = True
-    tensors = {name.replace(".default.", "."): p.detach().cpu().contiguous() for name, p in params.items()}
+    tensors = {name.replace(".default.", "."): full(p.detach()).cpu().contiguous() for name, p in params.items()}
 
     def write(new: Path) -> None:
         config.save_pretrained(new)
@@ -83,6 +87,7 @@ def write_adapter(folder: Path, network: Any, params: Params, tokenizer: Any) ->
 def merged(network: nn.Module, params: Params) -> dict[str, Tensor]:
     """All weights by the names of `transformers`: adapters added to what they adapt, in float32, then rounded."""
     weights = {**dict(network.named_parameters()), **params}
+    weights = {name: full(p).cpu() if is_sharded(p) else p for name, p in weights.items()}
     weights |= {name: b for name, b in network.state_dict().items() if name in dict(network.named_buffers())}
     for name, module in network.named_modules():
         if hasattr(module, "lora_A"):

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from nlhf.llm.shards import Gathered, full, is_sharded
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +43,7 @@ def supported(network: nn.Module) -> bool:
         and getattr(config, "sliding_window", None) is None
         and rope["rope_type"] in ("default", "linear", "llama3", "yarn")
         and rope.get("partial_rotary_factor", 1.0) == 1.0
-        and all(_KNOWN.fullmatch(name) for name in _plain(dict(network.named_parameters())))
+        and all(_KNOWN.fullmatch(name) for name in _named(dict(network.named_parameters())))
         and all(p.dtype in (torch.float32, torch.bfloat16) for p in network.parameters())
         and list(adapters) in ([], ["default"])
         and not any(one.rank_pattern or one.alpha_pattern or one.fan_in_fan_out for one in adapters.values())
@@ -99,8 +102,11 @@ class Llama:
 
     @torch.no_grad()
     def prefill(self, params: Weights, tokens: Tensor, mask: Tensor, n: int, room: int) -> tuple[Tensor, Cache]:
-        """(B n, V) logits of the first token, and the cache of prompts and `room` more tokens; n rows adjacent."""
-        w, (B, L), bias = _plain(params), tokens.shape, None
+        """(B n, V) logits of the first token, and the cache of prompts and `room` more tokens; n rows adjacent.
+
+        The cache holds all parameters, gathered: to gather them for every token would take longer than the rest.
+        """
+        w, (B, L), bias = {k: full(p) for k, p in _named(params).items()}, tokens.shape, None
         shape = self.layers, 2, B * n, self.heads, L + room, self.size
         states = w["model.norm.weight"].new_empty(shape)
         hidden = self._read(w, tokens, mask, tokens.new_empty(B, n, 0), states)
@@ -182,18 +188,25 @@ class Llama:
         cos, sin = ((f(angle) * self.amplitude).to(x.dtype) for f in (torch.cos, torch.sin))
         turn = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         for i in range(self.layers):
-            at = f"model.layers.{i}."
-            y = self._norm(x, w[at + "input_layernorm.weight"])
-            k, v = (self._linear(w, f"{at}self_attn.{name}_proj", y).unflatten(-1, (-1, self.size)) for name in "kv")
-            k = _rotate(k, turn)
-            if wanted is not None and i == self.layers - 1:
-                x, y, turn = x[wanted], y[wanted], turn[:, wanted]
-            q = _rotate(self._linear(w, at + "self_attn.q_proj", y).unflatten(-1, (-1, self.size)), turn)
-            x = x + self._linear(w, at + "self_attn.o_proj", attend(i, q, k, v).flatten(1))
-            y = self._norm(x, w[at + "post_attention_layernorm.weight"])
-            y = F.silu(self._linear(w, at + "mlp.gate_proj", y)) * self._linear(w, at + "mlp.up_proj", y)
-            x = x + self._linear(w, at + "mlp.down_proj", y)
+            layer = self._layer, w, i, x, turn, attend, wanted if i == self.layers - 1 else None
+            if isinstance(w, Gathered):  # the backward pass gathers the weights of a layer again, and holds one at most
+                x = checkpoint(*layer, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer[0](*layer[1:])
         return self._norm(x, w["model.norm.weight"])
+
+    def _layer(self, w: Weights, i: int, x: Tensor, turn: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+        at = f"model.layers.{i}."
+        y = self._norm(x, w[at + "input_layernorm.weight"])
+        k, v = (self._linear(w, f"{at}self_attn.{name}_proj", y).unflatten(-1, (-1, self.size)) for name in "kv")
+        k = _rotate(k, turn)
+        if wanted is not None:
+            x, y, turn = x[wanted], y[wanted], turn[:, wanted]
+        q = _rotate(self._linear(w, at + "self_attn.q_proj", y).unflatten(-1, (-1, self.size)), turn)
+        x = x + self._linear(w, at + "self_attn.o_proj", attend(i, q, k, v).flatten(1))
+        y = self._norm(x, w[at + "post_attention_layernorm.weight"])
+        y = F.silu(self._linear(w, at + "mlp.gate_proj", y)) * self._linear(w, at + "mlp.up_proj", y)
+        return x + self._linear(w, at + "mlp.down_proj", y)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
@@ -207,6 +220,12 @@ class Llama:
 
 
 def _plain(params: Weights) -> Weights:
+    """The parameters by their names in `transformers`; those in shards are gathered as they are read."""
+    named = _named(params)
+    return Gathered(named) if any(map(is_sharded, named.values())) else named
+
+
+def _named(params: Weights) -> dict[str, Tensor]:
     """The names of `transformers`, without what peft puts around them."""
     return {k.removeprefix("base_model.model.").replace(".base_layer.", "."): p for k, p in params.items()}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nlhf.core import Geometric, Policy
 from nlhf.llm.decode import sample
+from nlhf.llm.shards import full, is_sharded, like
 from nlhf.metrics import table
 
 Params: TypeAlias = Mapping[str, Tensor]
@@ -84,16 +85,23 @@ class TokenPolicy(ABC):
         return self.with_params({name: torch.lerp(p, other.params[name], weight) for name, p in self.params.items()})
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The parameters and the memory, for a checkpoint; bfloat16, which NumPy lacks, as its bits."""
+        """The parameters and the memory, for a checkpoint; bfloat16, which NumPy lacks, as its bits.
+
+        What is sharded is gathered, so that all processes must ask for it.
+        """
         kept = {**self.params} | {f"{name}{MEMORY}": value for name, value in self.memory.items()}
-        return {name: _bits(p.detach()).numpy(force=True).copy() for name, p in kept.items()}
+        return {name: _bits(full(p.detach())).numpy(force=True).copy() for name, p in kept.items()}
 
     def replace(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Self:
         """This network with the parameters and the memory of a checkpoint."""
-        params = {name: _from_bits(arrays[name]).to(p) for name, p in self.params.items()}
+        params = {name: like(_from_bits(arrays[name]), p) for name, p in self.params.items()}
         memory = {
             name.removesuffix(MEMORY): _from_bits(array) for name, array in arrays.items() if name.endswith(MEMORY)
         }
+        for name, value in memory.items():  # "parameter entry"; the number of steps has no shape
+            p = params.get(name.rpartition(" ")[0])
+            if p is not None and is_sharded(p) and value.shape == p.shape:
+                memory[name] = like(value, p)
         return self.with_params(params, memory)
 
 

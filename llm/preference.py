@@ -15,6 +15,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from nlhf.llm.policy import TokenPolicy, alive
+from nlhf.llm.shards import full
 from nlhf.metrics import Floats, estimated_gap
 from nlhf.schedules import check_count
 
@@ -196,7 +197,7 @@ class sampled_gap:
 
     @torch.no_grad()
     def __call__(self, policy: TokenPolicy, game: JudgedGame, tau: float) -> dict[str, float]:
-        if not all(bool(p.isfinite().all()) for p in policy.params.values()):
+        if not all(bool(full(p.isfinite().all())) for p in policy.params.values()):
             raise FloatingPointError("the policy's parameters are not finite: take a smaller step")
         x, reference = game.prompts if self.prompts is None else self.prompts, self.reference
         if x not in self._drawn:

@@ -1,7 +1,8 @@
-"""Data parallelism: every process holds the whole policy and a share of the prompts; gradients are added up.
+"""Data parallelism: every process has a share of the prompts; gradients are added up.
 
 Processes that are seeded alike draw the same prompts and the same random numbers, and each keeps its own part of both.
-So two of them do what one does with all the prompts, up to the order of sums.
+So two of them do what one does with all the prompts, up to the order of sums. Each holds all parameters or, where FSDP
+is asked for, a part of every one: `nlhf.llm.shards`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from nlhf.llm.decode import uniform
 def join() -> None:
     """Join the other processes if `accelerate launch` or `torchrun` has started this one among several.
 
-    Raises ValueError for sharded parameters (FSDP, DeepSpeed): a policy is held whole by every process.
+    Raises ValueError for DeepSpeed, and for parameters that FSDP would keep in main memory.
     """
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"):
         if os.environ.get(name, "false").lower() in ("true", "1"):
-            raise ValueError(f"{name} must not be set: every process holds all parameters; use MULTI_GPU or MULTI_CPU")
+            raise ValueError(f"{name} must not be set: use MULTI_GPU, or FSDP without offloading")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # it would tell transformers that the first process hands its weights to the others, which it does not
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
 
 

@@ -17,6 +17,7 @@ from nlhf.llm.decode import sample
 from nlhf.llm.losses import Batch, Loss, ipo, policy_gradient, slices, squared_residual, variance
 from nlhf.llm.policy import Params, TokenMixture, TokenPolicy
 from nlhf.llm.processes import add_up, own, own_uniform, place
+from nlhf.llm.shards import full, is_sharded
 from nlhf.schedules import check_count, is_number
 
 P = TypeVar("P", bound=TokenPolicy)
@@ -244,6 +245,7 @@ class RegressionSolver:
         _check_several(self.expectation)
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
+        _check_shards(start, self.optimizer)
         generator = _generator(self.expectation, seed)
         batch, held_out = self.expectation.batches(prox, self.game, generator)  # type: ignore[arg-type]
 
@@ -276,6 +278,7 @@ class ContrastiveSolver:
         _check_several(self.expectation)
 
     def __call__(self, prox: Prox, start: P, seed: int | None = None) -> tuple[P, Info]:
+        _check_shards(start, self.optimizer)
         if isinstance(prox.opponent, Mixture):
             raise ValueError("pairs cannot be drawn from a signed list of opponents: use RegressionSolver")
         generator, game, expectation = _generator(self.expectation, seed), self.game, self.expectation
@@ -364,6 +367,12 @@ class PolicyGradientSolver:
         return losses
 
 
+def _check_shards(start: TokenPolicy, optimizer: MakeOptimizer | Descent | None) -> None:
+    if optimizer is None and any(map(is_sharded, start.params.values())):
+        raise ValueError("optimizer must be given, such as partial(Adam, lr=1e-4), for a sharded policy: L-BFGS, the "
+                         "default, needs all parameters whole")  # fmt: skip
+
+
 def _fit(start: P, losses: Losses[P], steps: int, optimizer: MakeOptimizer | Descent | None) -> P:
     """The policy that `steps` of the optimiser make of `start`, which is left as it is.
 
@@ -382,7 +391,7 @@ def _fit(start: P, losses: Losses[P], steps: int, optimizer: MakeOptimizer | Des
     for step in range(steps):
         searcher.zero_grad()
         _differentiate(policy, losses(policy, step))
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), descent.max_norm or inf)
+        norm = full(torch.nn.utils.clip_grad_norm_(params.values(), descent.max_norm or inf))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm became {norm.item()}: take a smaller step")
         for group, rate in zip(searcher.param_groups, rates, strict=True):
@@ -438,7 +447,8 @@ def _differentiate(policy: TokenPolicy, losses: Iterator[Tensor]) -> Tensor:
     for value in losses:
         value.backward()
         total += value.detach().cpu()
-    slopes = [p.grad for p in policy.params.values() if p.grad is not None]
+    # the gradients of shards are added up where they are worked out
+    slopes = [p.grad for p in policy.params.values() if p.grad is not None and not is_sharded(p)]
     add_up([total, *slopes])  # before the check, so that no process waits for one that has stopped
     if not torch.isfinite(total):
         raise FloatingPointError(f"the loss became {total.item()}: take a smaller step")

@@ -114,7 +114,8 @@ def run(
             ends as if it had never stopped, to the last bit. An .npz archive, or, if it is called so, a .safetensors
             file with a JSON header (needs `nlhf[llm]`); neither holds anything that is unpickled.
         on_record: called with the trace so far after every recorded step, once it is in the checkpoint, and when a run
-            resumes. Of several processes the first alone calls it, writes the checkpoint and shows progress.
+            resumes; by all of several processes, which gather a sharded policy together. The first alone writes the
+            checkpoint and shows progress.
         status: what the progress bar shows behind the time that is left, such as tokens per second.
 
     Raises ValueError for bad arguments, before any work; FloatingPointError if a metric is not a number.
@@ -155,12 +156,11 @@ def run(
             if np.isnan(value):
                 raise FloatingPointError(f"{name} is not a number after step {t} of {algorithm}")
             records.append((t, name, float(value)))
-        if not first_process():
-            return
-        if file is not None:
+        arrays = {} if file is None else _arrays(state, first)  # of sharded policies all processes gather them
+        if file is not None and first_process():
             memory = {name: metric.memory for name, metric in remembering.items()}
             about = {"run": identity, "t": t, "records": records, "memory": memory}
-            _save(file, about | {"info": [info.prox_residual, info.oracle_calls]}, _arrays(state, first))
+            _save(file, about | {"info": [info.prox_residual, info.oracle_calls]}, arrays)
         if on_record is not None:
             on_record(Trace(config, tuple(records), state, clock.step.total))
 
@@ -176,7 +176,7 @@ def run(
         records = [row for row in records if row[0] % every == 0 or row[0] == steps]  # others are of a shorter run
         for name, metric in remembering.items():
             metric.memory.extend(compress(memory.get(name, []), kept))
-        if on_record is not None and first_process():
+        if on_record is not None:
             on_record(Trace(config, tuple(records), state, 0.0))
     elif file is not None and not os.access(file.parent, os.W_OK):
         raise ValueError(f"checkpoint must be in a folder that can be written, got {file}")

@@ -200,12 +200,14 @@ def train(algorithm: Regularized, options: Training) -> Trace:
     def on_record(trace: Trace) -> None:
         last.append(trace)
         records = by_step(trace)
-        write_lines(out / "metrics.jsonl", [{"step": step, **row} for step, row in records.items()])
-        write_lines(out / "samples.jsonl", _samples(records, held, gap.memory))
         step = max(records)
-        tracker.log(step, records[step])
         if options.keep:
             trace.policy.save_pretrained(out / f"step-{step}")
+        if not first_process():
+            return
+        write_lines(out / "metrics.jsonl", [{"step": step, **row} for step, row in records.items()])
+        write_lines(out / "samples.jsonl", _samples(records, held, gap.memory))
+        tracker.log(step, records[step])
 
     try:
         trace = run(
@@ -228,9 +230,9 @@ def train(algorithm: Regularized, options: Training) -> Trace:
         raise
     finally:
         tracker.finish()
+    trace.policy.save_pretrained(out / MODEL)
     if not first_process():
         return trace
-    trace.policy.save_pretrained(out / MODEL)
     plotting.save(figure(trace, f"{type(algorithm).__name__} on {options.data.name}"), out / "curves")
     return trace
 

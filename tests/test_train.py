@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -534,20 +535,40 @@ def test_a_tournament_that_cannot_be_played(folders: list[str], message: str, mo
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, data: Path, model: Path) -> None:
-    """The same command under torchrun, each process with half of the prompts: float32 sums in another order."""
-    command = ["--data", data, "--model", model, "--steps", 4, "--prompts", 4, "--eval-prompts", 2, "--eval-n", 2,
-               "--every", 2, "--max-new-tokens", 6, "--lora-rank", "None", "--lr", 1e-3, "--solver", "pg"]  # fmt: skip
+    """The same command under torchrun, and with shards, each process with half of the prompts: float32 sums in another
+    order. A run with shards goes on with one process, and the other way round."""
+    command = ["--data", data, "--model", model, "--prompts", 4, "--eval-prompts", 2, "--eval-n", 2,
+               "--every", 2, "--max-new-tokens", 6, "--lora-rank", "None", "--lr", 1e-3, "--solver", "pg",
+               "--keep"]  # fmt: skip
     body = tmp_path / "body.py"
     body.write_text("from nlhf.cli import main\n\nif __name__ == '__main__':\n    main()\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher, out in (([sys.executable], "one"), (launch, "two")):
-        arguments = [*launcher, body, "train", "nash-md", *command, "--out", tmp_path / out]
-        subprocess.run([str(argument) for argument in arguments], check=True, capture_output=True, timeout=300)
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
-    assert (tmp_path / "two" / "judge-1.jsonl").read_text()
-    rows = [
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")
-    ]
-    for here, there in zip(*rows, strict=True):
-        assert here == pytest.approx(there, abs=1e-3)
+    run_two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
+    accelerate += ["--main_process_port", "0"]
+
+    def trained(out: str, steps: int, launcher: list[str], **more: str) -> None:
+        arguments = [*launcher, body, "train", "nash-md", *command, "--steps", steps, "--out", tmp_path / out]
+        environment = {**os.environ, **more}
+        subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=300, env=environment)
+
+    trained("one", 4, [sys.executable])
+    trained("two", 4, run_two)
+    trained("shards", 2, accelerate)
+    shutil.copytree(tmp_path / "shards", tmp_path / "one after shards")
+    trained("one after shards", 4, [sys.executable])
+    trained("shards", 4, accelerate)
+    trained("shards after one", 2, [sys.executable])
+    trained("shards after one", 4, run_two, ACCELERATE_USE_FSDP="true")
+
+    def rows(out: str) -> list[Any]:
+        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+
+    one = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for name in ("two", "shards", "one after shards", "shards after one"):
+        two = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
+        assert (tmp_path / name / "step-4" / "model.safetensors").exists()
+        for here, there in zip(rows("one"), rows(name), strict=True):
+            assert here == pytest.approx(there, abs=1e-3)
+    for name in ("two", "shards", "shards after one"):
+        assert (tmp_path / name / "judge-1.jsonl").read_text()
