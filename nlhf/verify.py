@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -246,7 +245,8 @@ def outcome(id: str, budget: str = "quick") -> Outcome:
     """Try to break one claim, and its mutants."""
     began, claim = perf_counter(), claims([id])[id]
     about = (claim.id, claim.statement, claim.source, claim.tag, claim.identity is not None, claim.axis)
-    with _same_in_every_process():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             verdict = try_to_break(claim, *BUDGETS[budget])
         except Exception as raised:  # it could not be tried: no instance meets its condition, say
@@ -290,23 +290,6 @@ def _outcomes(ids: list[str], budget: str, workers: int) -> Iterator[Outcome]:
             raise ChildProcessError("a worker process was killed, perhaps for its memory: try fewer workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _same_in_every_process() -> Iterator[None]:
-    """Leave out what depends on the process rather than on the claim."""
-    # hypothesis also draws numbers that stand in the source of whatever modules are loaded by now
-    providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where they are errors, a mutant would be refuted by a warning
-        if not hasattr(providers, "_get_local_constants"):
-            yield
-            return
-        nothing = type(providers._local_constants)()
-        with mock.patch.object(providers, "_get_local_constants", return_value=nothing):
-            providers.CONSTANTS_CACHE.cache.clear()
-            yield
-        providers.CONSTANTS_CACHE.cache.clear()
 
 
 def _about_language_models() -> Sequence[Claim]:

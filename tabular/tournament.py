@@ -48,7 +48,10 @@ def bradley_terry_scores(win_prob: Floats, weights: Floats | None = None) -> Flo
             break
         curvature = count * fitted * (1 - fitted)
         laplacian = np.diag(curvature.sum(axis=1)) - curvature
-        step = np.linalg.solve(laplacian + laplacian.diagonal().mean() / n, gradient)
+        # scaled to a unit diagonal, since weights may differ by many orders; equal scores change nothing: fix their sum
+        root = np.sqrt(laplacian.diagonal())
+        scale = np.outer(root, root)
+        step = np.linalg.solve(laplacian / scale + scale / (root @ root), gradient / root) / root
         step -= step.mean()
         t, now = 1.0, loss(scores)
         while t > 1e-6 and not loss(scores + t * step) <= now * (1 + 1e-12):  # the loss is positive

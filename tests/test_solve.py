@@ -171,6 +171,8 @@ def test_bradley_terry_is_stationary_and_finds_the_truth(n: int, seed: int) -> N
     weights = weights + weights.T
     truth = expit(scores[:, None] - scores)
     assert_close(bradley_terry_scores(truth, weights), scores - scores.mean(), atol=1e-8)
+    law = 10 ** rng.uniform(-18, 0, n)  # the gradient vanishes to 1e-12 of each weight
+    assert_close(bradley_terry_scores(truth, np.outer(law, law)), scores - scores.mean(), atol=1e-8)
     mixed = 0.9 * matrix(rng, n, "iid") + 0.05
     r = bradley_terry_scores(mixed, weights)
     assert_close(np.sum(weights * (mixed - expit(r[:, None] - r)), axis=1), 0, atol=1e-9)

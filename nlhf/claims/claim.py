@@ -6,11 +6,14 @@ is refuted by one: a claim that nothing could refute says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, TypeAlias
+from unittest import mock
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings, target
@@ -174,7 +177,8 @@ def verify(claim: Claim, examples: int = 50, search: int = 0, random_seed: int =
             target(measured.ratio)
 
     try:
-        attempt()
+        with _same_instances():
+            attempt()
     except Exception as raised:  # whatever the code under test raises is a counterexample
         if not failed:
             raise
@@ -193,19 +197,24 @@ def verify(claim: Claim, examples: int = 50, search: int = 0, random_seed: int =
 
 
 def refute(claim: Claim, name: str, instances: list[Any], rng: np.random.Generator) -> Any | None:
-    """The first instance that a mutant fails on; if there is none, what a local search from the tightest finds."""
+    """The first instance that a mutant fails on; if there is none, what a local search from its tightest finds."""
     mutant, context = claim.mutated(name)
-    with context:
-        if not callable(claim.mutants[name]):
-            found = next((i for i in instances if mutant.measure(i).excess > 0), None)
-            found = climb(mutant, instances[:8], 200, rng)[2] if found is None else found
-            # a side that cannot be worked out refutes nothing: this raises what it raised
-            return None if found is None or mutant.measure(found).excess <= 0 else found
-        for instance in instances:
-            # a copy, which has computed nothing yet: what the right code found must not hide the wrong code
-            if _attempt(mutant, replace(instance)).excess > 0:
-                return instance
-        return climb(mutant, instances[:8], 200, rng)[2]
+    sides, tried, found = not callable(claim.mutants[name]), [], None
+    with context, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where they are errors, a warning would refute
+        # a copy has computed nothing yet: what the right code found must not hide what the wrong code does
+        for instance in instances if sides else map(replace, instances):
+            measured = _attempt(mutant, instance)
+            if measured.excess > 0:
+                found = instance
+                break
+            tried.append((measured.ratio, instance))
+        tried.sort(key=lambda pair: -pair[0])
+        for steps in (200, 2000):
+            if found is None:
+                found = climb(mutant, [instance for _, instance in tried[:8]], steps, rng)[2]
+        # a side that cannot be worked out refutes nothing: this raises what it raised
+        return None if found is None or (sides and mutant.measure(found).excess <= 0) else found
 
 
 def climb(claim: Claim, starts: list[Any], steps: int, rng: np.random.Generator) -> tuple[float, Any, Any | None]:
@@ -235,6 +244,22 @@ def climb(claim: Claim, starts: list[Any], steps: int, rng: np.random.Generator)
             return field[0][0], field[0][1], None
         field = field[: len(field) // 2]
     raise ValueError("climb needs an instance to start from")
+
+
+@contextmanager
+def _same_instances() -> Iterator[None]:
+    """Of one seed, in every process: hypothesis also draws numbers found in the source of whatever is imported."""
+    providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
+    if not hasattr(providers, "_get_local_constants"):
+        yield
+        return
+    nothing = type(providers._local_constants)()
+    try:
+        with mock.patch.object(providers, "_get_local_constants", return_value=nothing):
+            providers.CONSTANTS_CACHE.cache.clear()
+            yield
+    finally:
+        providers.CONSTANTS_CACHE.cache.clear()
 
 
 def _attempt(claim: Claim, instance: Any) -> Measured:
