@@ -177,7 +177,7 @@ def verify(claim: Claim, examples: int = 50, search: int = 0, random_seed: int =
             target(measured.ratio)
 
     try:
-        with _same_instances():
+        with same_instances():
             attempt()
     except Exception as raised:  # whatever the code under test raises is a counterexample
         if not failed:
@@ -197,32 +197,36 @@ def verify(claim: Claim, examples: int = 50, search: int = 0, random_seed: int =
 
 
 def refute(claim: Claim, name: str, instances: list[Any], rng: np.random.Generator) -> Any | None:
-    """The first instance that a mutant fails on; if there is none, what a local search from its tightest finds."""
+    """The first instance that a mutant fails on; if there is none, what a local search from its tightest finds.
+
+    Code that raises refutes nothing: a mutant that no longer fits the code must not look as if it were caught.
+    """
     mutant, context = claim.mutated(name)
-    sides, tried, found = not callable(claim.mutants[name]), [], None
+    tried = []
     with context, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where they are errors, a warning would refute
+        warnings.simplefilter("ignore")  # where they are errors, a warning would raise
         # a copy has computed nothing yet: what the right code found must not hide what the wrong code does
-        for instance in instances if sides else map(replace, instances):
-            measured = _attempt(mutant, instance)
+        for instance in map(replace, instances) if callable(claim.mutants[name]) else instances:
+            measured = _attempt(mutant, instance, -np.inf)
             if measured.excess > 0:
-                found = instance
-                break
+                return instance
             tried.append((measured.ratio, instance))
         tried.sort(key=lambda pair: -pair[0])
+        starts, found = [instance for _, instance in tried[:8]], None
         for steps in (200, 2000):
             if found is None:
-                found = climb(mutant, [instance for _, instance in tried[:8]], steps, rng)[2]
-        # a side that cannot be worked out refutes nothing: this raises what it raised
-        return None if found is None or (sides and mutant.measure(found).excess <= 0) else found
+                found = climb(mutant, starts, steps, rng, -np.inf)[2]
+        return found
 
 
-def climb(claim: Claim, starts: list[Any], steps: int, rng: np.random.Generator) -> tuple[float, Any, Any | None]:
+def climb(
+    claim: Claim, starts: list[Any], steps: int, rng: np.random.Generator, raised: float = np.inf
+) -> tuple[float, Any, Any | None]:
     """Move the parameters of instances at random, keep what makes lhs / rhs larger, and halve the field as it goes on.
 
-    Returns the largest ratio, its instance, and the first violation met, if any.
+    `raised` is the excess of code that raises. Returns the largest ratio, its instance, and the first violation met.
     """
-    field = [(_attempt(claim, start).ratio, start, 0.1) for start in starts]
+    field = [(_attempt(claim, start, raised).ratio, start, 0.1) for start in starts]
     rounds = len(field).bit_length()
     while field:
         for k, (best, here, scale) in enumerate(field):
@@ -230,7 +234,7 @@ def climb(claim: Claim, starts: list[Any], steps: int, rng: np.random.Generator)
                 there = here.moved(rng, scale)
                 if not claim.where(there):
                     continue
-                measured = _attempt(claim, there)
+                measured = _attempt(claim, there, raised)
                 if measured.excess > 0:
                     return best, here, there
                 # one step in five should succeed (Rechenberg 1973): then the scale stays as it is
@@ -247,7 +251,7 @@ def climb(claim: Claim, starts: list[Any], steps: int, rng: np.random.Generator)
 
 
 @contextmanager
-def _same_instances() -> Iterator[None]:
+def same_instances() -> Iterator[None]:
     """Of one seed, in every process: hypothesis also draws numbers found in the source of whatever is imported."""
     providers: Any = sys.modules.get("hypothesis.internal.conjecture.providers")
     if not hasattr(providers, "_get_local_constants"):
@@ -262,12 +266,12 @@ def _same_instances() -> Iterator[None]:
         providers.CONSTANTS_CACHE.cache.clear()
 
 
-def _attempt(claim: Claim, instance: Any) -> Measured:
-    """As `claim.measure`; code that raises is a violation, too."""
+def _attempt(claim: Claim, instance: Any, raised: float) -> Measured:
+    """As `claim.measure`; where the code raises, this excess."""
     try:
         return claim.measure(instance)
     except Exception:
-        return Measured(np.empty(0), np.empty(0), np.inf, -np.inf)
+        return Measured(np.empty(0), np.empty(0), raised, -np.inf)
 
 
 def _violation(claim: Claim, measured: Measured) -> str:

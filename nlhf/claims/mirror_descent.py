@@ -652,7 +652,7 @@ CLAIMS = (
         statement="tau = 0 from the uniform policy: max_y P(y > mean_{t<T} pi_t) - 1/2 <= log(n) / (eta T) + eta / 8",
         source="Freund and Schapire 1999, Games and Economic Behavior 29; Hoeffding's lemma",
         tag="published",
-        instances=ROUND,
+        instances=ROUND | duels(sizes=(2, 3), kinds=("certain", "winner")),
         lhs=exploited,
         rhs=lambda i: regret(i, 1 / 8),
         mutants={

@@ -110,16 +110,17 @@ def spread_noise(i: Duel) -> float:
 
 
 def moments(i: Duel) -> Floats:
-    """(3,) log E_q exp(eta P q) - eta / 2 in units of eta^2, eta = 0.1, 1, 10."""
+    """(4,) log E_q exp(eta P q) - eta / 2 in units of eta^2, eta = 0.1, 1, 10; and |P(q > q) - 1/2|."""
     eta = np.array([0.1, 1.0, 10.0])
     paid = i.game.versus(i.pi.probs) - 0.5
-    return np.asarray(logsumexp(i.pi.log_probs + eta[:, None] * paid, axis=-1) / eta**2)
+    found = logsumexp(i.pi.log_probs + eta[:, None] * paid, axis=-1) / eta**2
+    return np.append(found, abs(i.pi.probs @ paid))
 
 
 def uniform_moments(i: Duel) -> Floats:
-    """(3,) log(sinh(eta/2) / (eta/2)) in units of eta^2."""
+    """(4,) log(sinh(eta/2) / (eta/2)) in units of eta^2, and 0."""
     eta = np.array([0.1, 1.0, 10.0])
-    return np.asarray(np.log(np.sinh(eta / 2) / (eta / 2)) / eta**2)
+    return np.append(np.log(np.sinh(eta / 2) / (eta / 2)) / eta**2, 0.0)
 
 
 # --- many steps -------------------------------------------------------------------------------------------------------
@@ -286,7 +287,8 @@ CLAIMS = (
     ),
     Claim(
         id="nash_md/convex-order",
-        statement="(log E_q exp(eta P q) - eta / 2) / eta^2 <= log(sinh(eta/2) / (eta/2)) / eta^2, which is below 1/24",
+        statement="(log E_q exp(eta P q) - eta / 2) / eta^2 <= log(sinh(eta/2) / (eta/2)) / eta^2, which is below 1/24"
+        "; P(q > q) = 1/2",
         source=CONVEX_ORDER,
         tag="proved",
         instances=duels() | arcs() | duels(tau=(0.01, 1.0), kinds=("bradley-terry", "certain", "few", "winner")),

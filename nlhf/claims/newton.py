@@ -88,6 +88,11 @@ def direction(i: Duel) -> Floats:
     return dual.solve(place(i, dual, i.pi), i.other)
 
 
+def lacking(i: Duel) -> float:
+    """What sqrt(1 + 1 / (PI tau)^2) sd_pi(x) lacks to sd_pi(b)."""
+    return spread(i.pi, i.other) - float(np.hypot(1, 1 / (np.pi * i.tau))) * spread(i.pi, direction(i))
+
+
 def iterated(i: Duel, accuracy: float = 1e-9) -> tuple[Floats, int]:
     """x = J^-1 b by the short recurrence, and how many products it took."""
     dual = equations(i)
@@ -266,14 +271,14 @@ CLAIMS = (
     ),
     Claim(
         id="newton/contracts",
-        statement="x = J^-1 b: sd_pi(x) <= sd_pi(b)",
-        source="real-part and Cauchy's inequality",
+        statement="x = J^-1 b: 0 < sd_pi(x) <= sd_pi(b) unless b is constant",
+        source="real-part and Cauchy's inequality; the lower bound is that of expands",
         tag="proved",
         instances=duels(),
-        lhs=lambda i: spread(i.pi, direction(i)),
-        rhs=lambda i: spread(i.pi, i.other),
+        lhs=lambda i: np.array([spread(i.pi, direction(i)), lacking(i)]),
+        rhs=lambda i: np.array([spread(i.pi, i.other), 0.0]),
         mutants={
-            "0.9 sd(b)": {"rhs": lambda i: 0.9 * spread(i.pi, i.other)},
+            "0.9 sd(b)": {"rhs": lambda i: np.array([0.9 * spread(i.pi, i.other), 0.0])},
             "an answer three times too long": TOO_LONG,
         },
         tol=single,

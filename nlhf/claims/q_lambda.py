@@ -272,9 +272,11 @@ def below(i: Process, p: float) -> Process:
 
 
 def at_threshold(i: Process, p: float | None = None) -> Floats:
-    """(P,) declared moduli, each for the largest lambda that its own condition allows, or that of one p."""
-    largest = replace(i, lam=1.0)
-    return np.array([q_lambda(below(largest, p or q)).modulus(i.gamma, q) for q in POWERS])
+    """(2, P) declared moduli, each for the largest lambda that its own condition allows, or that of one p; and how far
+    that of lambda = 0 is from g."""
+    largest, none = replace(i, lam=1.0), moduli([q_lambda(replace(i, lam=0.0))], i)[0]
+    found = [q_lambda(below(largest, p or q)).modulus(i.gamma, q) for q in POWERS]
+    return np.stack([found, np.abs(none - i.gamma ** (1 / POWERS))])
 
 
 def alpha(i: Process) -> float:
@@ -621,23 +623,24 @@ CLAIMS = (
     Claim(
         id="q_lambda/modulus-is-sharper",
         statement=(
-            f"max_s g sum_a |pi - lambda mu| / (1 - lambda g) <= g (1 - lambda + lambda eps) / (1 - lambda g); {EPS}"
+            "g (1 - lambda) / (1 - lambda g) <= max_s g sum_a |pi - lambda mu| / (1 - lambda g) "
+            f"<= g (1 - lambda + lambda eps) / (1 - lambda g); {EPS}"
         ),
-        source="|pi - lambda mu| <= (1 - lambda) pi + lambda |pi - mu|",
+        source="|pi - lambda mu| <= (1 - lambda) pi + lambda |pi - mu|, and the sum is at least its own without | |",
         tag="proved",
         instances=processes(),
-        lhs=lambda i: moduli([q_lambda(i)], i)[0],
-        rhs=beta,
-        mutants={"eps / 2": {"rhs": lambda i: beta(i, eps=mismatch(i) / 2)}},
+        lhs=lambda i: np.stack([moduli([q_lambda(i)], i)[0], beta(i, eps=0.0) - moduli([q_lambda(i)], i)[0]]),
+        rhs=lambda i: np.stack([beta(i), np.zeros(POWERS.size)]),
+        mutants={"eps / 2": {"rhs": lambda i: np.stack([beta(i, eps=mismatch(i) / 2), np.zeros(POWERS.size)])}},
     ),
     Claim(
         id="q_lambda/threshold",
-        statement=f"Q(lambda) has a modulus <= 1 up to lambda = (1 - g) / (g eps); {EPS}; {NORM}",
+        statement=f"Q(lambda) has a modulus <= 1 up to lambda = (1 - g) / (g eps), and g at lambda = 0; {EPS}; {NORM}",
         source=f"{TANG}; {HARUTYUNYAN} has p = 1: g (1 - lambda + lambda eps) <= 1 - lambda g",
         tag="proved",
         instances=processes(),
         lhs=at_threshold,
-        rhs=lambda i: 1.0,
+        rhs=lambda i: np.reshape([1.0, 0.0], (2, 1)),
         mutants={"that of p = 1": {"lhs": lambda i: at_threshold(i, 1.0)}},
     ),
     Claim(

@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import numpy as np
 
 from nlhf import metrics
-from nlhf.claims.categorical import DCFP, NO_CONSTANT, UNDISCOUNTED, chain, fixed, length, pushed, rough, table
+from nlhf.claims.categorical import DCFP, NO_CONSTANT, ROUNDED, chain, fixed, length, pushed, rough, table
 from nlhf.claims.claim import Claim
 from nlhf.claims.instances import Floats, Instance, Process, processes
 from nlhf.tabular import MDP, Categorical, SampledBackupSolver
@@ -246,7 +246,7 @@ CLAIMS = (
         lhs=lambda i: apart(i, elsewhere(i)),
         rhs=lambda i: np.array([i.gamma * length(i) / (1 - i.gamma) * moved(i), 0]),
         mutants={
-            "without 1 / (1 - gamma)": {"rhs": lambda i: np.array([i.gamma * length(i) * moved(i), 0])},
+            "half of it": {"rhs": lambda i: np.array([i.gamma * length(i) / (1 - i.gamma) * moved(i) / 2, 0])},
             **NO_CONSTANT,
         },
         tol=lambda i: 1e-12 + 2 * rough(i),
@@ -326,7 +326,7 @@ CLAIMS = (
         identity=lambda i: squared_distance(i, 1 + i.seed % 3),
         mutants={
             "N^2": {"identity": lambda i: squared_distance(i, (1 + i.seed % 3) ** 2)},
-            **UNDISCOUNTED,
+            **ROUNDED,
         },
         where=lambda i: len(i.target) <= 3,
     ),
