@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo demo-lm test test-fast lint notebooks race race-returns race-trl table clean
+.PHONY: demo demo-lm test test-fast lint notebooks verify race race-returns race-trl table clean
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "nlhf needs Python 3.11 or later"'
@@ -43,6 +43,9 @@ lint: .venv/dev  ## format, lint, types, spelling
 
 notebooks: .venv/dev  ## execute every notebook
 	.venv/bin/jupyter nbconvert --execute --to notebook --output-dir runs/notebooks notebooks/*.ipynb
+
+verify: .venv/dev  ## try to break every claim, and look for the instance on which it is tightest: about ten minutes
+	.venv/bin/nlhf verify all --budget full
 
 race: .venv/base  ## exact equilibria against the best solvers of others: about ten minutes
 	$(PIP) --no-build-isolation -e '.[peers]'
