@@ -44,7 +44,7 @@ lint: .venv/dev  ## format, lint, types, spelling
 notebooks: .venv/dev  ## execute every notebook
 	.venv/bin/jupyter nbconvert --execute --to notebook --output-dir runs/notebooks notebooks/*.ipynb
 
-verify: .venv/dev  ## try to break every claim, and look for the instance on which it is tightest: about ten minutes
+verify: .venv/dev  ## try to break every claim, and look for the instance on which it is tightest: a quarter of an hour
 	.venv/bin/nlhf verify all --budget full
 
 race: .venv/base  ## exact equilibria against the best solvers of others: about ten minutes

@@ -357,7 +357,12 @@ def gradient(value: Tensor, params: Params) -> Floats:
 
 def scaled(slope: Callable[[Any], Floats], exact: Callable[[Any], Floats]) -> Callable[[Any], Floats]:
     """A float32 gradient in units of the largest entry of the exact one: what cancels in the others is as large."""
-    return lambda i: slope(i) / np.abs(exact(i)).max()
+    return lambda i: slope(i) / largest(exact(i))
+
+
+def largest(values: Floats) -> float:
+    """The largest absolute value; 1 where all are 0."""
+    return float(np.abs(values).max()) or 1.0
 
 
 def live(one: Any) -> Any:
@@ -1229,8 +1234,8 @@ TEXT = (
         source="a mean over prompts is linear",
         tag="proved",
         instances=texts(),
-        lhs=lambda i: text_steps(i, 1) / np.abs(i.step).max(),
-        identity=lambda i: i.step / np.abs(i.step).max(),
+        lhs=lambda i: text_steps(i, 1) / largest(i.step),
+        identity=lambda i: i.step / largest(i.step),
         tol=SLOPES,
         mutants={SUMMED: wrong(Batch, "parts", one_share_each)},
     ),

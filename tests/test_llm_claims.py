@@ -8,6 +8,7 @@ import pytest
 
 from nlhf.claims import Claim, verify
 from nlhf.llm.claims import CLAIMS
+from tests.power import blind
 
 BUGS = (
     "mixture weight on the wrong model",
@@ -46,3 +47,9 @@ def test_claim(claim: Claim) -> None:
 def test_every_bug_is_a_mutant_of_our_own_code() -> None:
     mutants = {name for claim in CLAIMS for name, mutant in claim.mutants.items() if callable(mutant)}
     assert sorted(set(BUGS) - mutants) == []
+
+
+@pytest.mark.filterwarnings("ignore")  # what code that is wrong warns of
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_no_claim_holds_by_construction(claim: Claim) -> None:
+    assert blind(claim, 2) == []
