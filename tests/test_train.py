@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -536,7 +535,7 @@ def test_a_tournament_that_cannot_be_played(folders: list[str], message: str, mo
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, data: Path, model: Path) -> None:
     """The same command under torchrun, and with shards, each process with half of the prompts: float32 sums in another
-    order. A run with shards goes on with one process, and the other way round."""
+    order. A run of one process goes on with shards."""
     command = ["--data", data, "--model", model, "--prompts", 4, "--eval-prompts", 2, "--eval-n", 2,
                "--every", 2, "--max-new-tokens", 6, "--lora-rank", "None", "--lr", 1e-3, "--solver", "pg",
                "--keep"]  # fmt: skip
@@ -553,9 +552,6 @@ def test_two_processes_train_as_one(tmp_path: Path, data: Path, model: Path) -> 
 
     trained("one", 4, [sys.executable])
     trained("two", 4, run_two)
-    trained("shards", 2, accelerate)
-    shutil.copytree(tmp_path / "shards", tmp_path / "one after shards")
-    trained("one after shards", 4, [sys.executable])
     trained("shards", 4, accelerate)
     trained("shards after one", 2, [sys.executable])
     trained("shards after one", 4, run_two, ACCELERATE_USE_FSDP="true")
@@ -564,7 +560,7 @@ def test_two_processes_train_as_one(tmp_path: Path, data: Path, model: Path) -> 
         return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
 
     one = load_file(tmp_path / "one" / "model" / "model.safetensors")
-    for name in ("two", "shards", "one after shards", "shards after one"):
+    for name in ("two", "shards", "shards after one"):
         two = load_file(tmp_path / name / "model" / "model.safetensors")
         assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
         assert (tmp_path / name / "step-4" / "model.safetensors").exists()
