@@ -76,7 +76,7 @@ def sample(
     with gathered_once():
         readers = [_Reader(policy, groups, x) for policy in policies.values()]
     counts, (first, *_) = [n for _, n in groups], readers
-    length, eos, (rows, V) = first.policy.length, first.policy.eos, (first.prompts * sum(counts), first.logits.shape[1])
+    length, eos, rows = first.policy.length, first.policy.eos, first.prompts * sum(counts)
     at = first.logits.device
     tokens = torch.full((rows, length), 0 if eos is None else eos, device=at)
     total, running = first.logits.new_zeros(rows), torch.ones(rows, dtype=torch.bool, device=at)
@@ -84,15 +84,10 @@ def sample(
         if t:
             for reader in readers:
                 reader.extend(tokens[:, t - 1], running)
-        if first.plain and len(first.rows) == rows:
-            mixed = first.logits
-        else:
-            mixed = first.logits.new_zeros(rows, V)
-            for reader in readers:
-                mixed[reader.rows] += reader.weights * reader.logits
+        mixed = _mixed(readers, rows)
         random = uniform(rows, generator).to(at)
         (live,) = running.nonzero(as_tuple=True)
-        log_probs = mixed[live].log_softmax(-1)
+        log_probs = (mixed if len(live) == rows else mixed[live]).log_softmax(-1)
         drawn = inverse_cdf(log_probs, random[live])
         tokens[live, t] = drawn
         total[live] += log_probs.gather(-1, drawn[:, None]).squeeze(-1)
@@ -102,6 +97,19 @@ def sample(
                 break
     groups_of = (z.unflatten(0, (first.prompts, -1)).split(counts, 1) for z in (tokens, total))
     return list(zip(*groups_of, strict=True))
+
+
+def _mixed(readers: Sequence[_Reader], rows: int) -> Tensor:
+    """(rows, V) the weighted sum of what the policies say; where one speaks of all rows, they are in order."""
+    mixed: Tensor | None = None
+    for reader in readers:
+        part = reader.logits if reader.plain else reader.weights * reader.logits
+        if mixed is None:
+            mixed = part if len(part) == rows else part.new_zeros(rows, part.shape[1]).index_add_(0, reader.rows, part)
+        else:
+            mixed = mixed + part if len(part) == rows else mixed.index_add(0, reader.rows, part)
+    assert mixed is not None
+    return mixed
 
 
 def inverse_cdf(log_probs: Tensor, uniform: Tensor) -> Tensor:
