@@ -66,7 +66,7 @@ def figure(trace: Trace, minutes: float) -> Figure:
     axes[2].set(ylabel="nats")
     for ax in axes:
         ax.set(xlabel="iteration")
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(framealpha=0.8, edgecolor="none", fontsize=8)
         ax.grid(True, linewidth=0.4, alpha=0.5)
         ax.spines[["top", "right"]].set_visible(False)
     drawn.suptitle(f"SmolLM2-135M, Nash-MD with LoRA, {steps[-1]} iterations in {minutes:.0f} minutes", fontsize=10)
