@@ -69,11 +69,6 @@ def near_reference(i: Duel) -> Tabular:
     return Tabular.from_logits(i.reference + (i.policy / (span * i.tau) if span else 0.0))
 
 
-def from_kl(i: Duel, pi: Tabular) -> float:
-    """What KL(pi*, pi) promises for the gap."""
-    return metrics.gap_from_kl(metrics.kl(i.star, pi), i.tau)
-
-
 def gradient(i: Duel, pi: Tabular) -> Floats:
     """(n,) the gradient of the gap in the probabilities, up to a constant: P^T BR(pi) + tau log(pi / mu)."""
     return i.win_prob.T @ reply(i, pi).probs + i.tau * (pi.log_probs - i.mu.log_probs)
