@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from nlhf import plotting
-from nlhf.ladder import check_folder
 from nlhf.llm.control import QLambdaC51, train
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.schedules import check_count
 
 AGENTS = {

@@ -46,7 +46,6 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from nlhf import BestResponse, MagneticMD, MirrorProx, NashEMA, NashMD, SelfPlay, plotting, run
-from nlhf.ladder import check_folder
 from nlhf.llm import Annotators, BradleyTerry, CausalLM, Descent, JudgedGame, PolicyGradientSolver, Sample
 from nlhf.llm.causal_lm import draw_weights, trainable
 from nlhf.llm.data import Comparison
@@ -54,7 +53,7 @@ from nlhf.llm.fit import fit_preference
 from nlhf.llm.preference import sampled_gap
 from nlhf.llm.preference_model import Scorer
 from nlhf.metrics import Floats, estimated_gap
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.tabular import MatrixGame, nash
 
 STYLES = {"warm": ("lovely", "kind", "gentle", "charming", "tender", "sweet"),

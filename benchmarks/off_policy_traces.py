@@ -25,8 +25,7 @@ from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from nlhf import NStep, QLambda, Retrace, TreeBackup, metrics, plotting, run
-from nlhf.ladder import check_folder
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.schedules import check_count
 from nlhf.tabular import MDP, BackupSolver, Categorical, categorical_fixed_point, random_off_policy
 from nlhf.tabular.policy import Floats

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from nlhf import MagneticMD, MirrorProx, NashMD, OptimisticMD, metrics, plotting
 from nlhf.core import Info, Prox
-from nlhf.ladder import check_folder
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.tabular import Equilibrium, ExactSolver, LowRankGame, MatrixGame, Tabular, regularized_nash
 from nlhf.tabular.operators import TabularGame
 

@@ -36,9 +36,8 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from nlhf import NashMD
-from nlhf.ladder import check_folder
 from nlhf.metrics import best_response, kl_rows
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.tabular import ExactSolver, LowRankGame, MatrixGame, Tabular, nash, regularized_nash
 
 T = TypeVar("T")

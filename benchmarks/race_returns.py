@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from race_games import Outcome, Table, best, machine, name
 from scipy.sparse import linalg
 
-from nlhf.ladder import check_folder
+from nlhf.run import check_folder
 from nlhf.tabular import MDP, categorical_fixed_point, quantile_dp
 from nlhf.tabular.bellman import Linear, Shift, grid
 

@@ -8,10 +8,11 @@ Llama of 0.98 M parameters, prompts of 16 words, responses of exactly as many to
 threads. Every contestant is a process of its own; they take turns, and the medians are over their steps, without the
 first of a turn and without those during which other programs took more than 0.15 cores, unless too few are left.
 
-A step is the same for all: of Nash-MD and magnetic MD one response of the policy and one of the opponent for each of
-32 prompts, of online DPO and IPO two for each of 32, of GRPO and RLOO eight for each of four, of DPO and IPO 32 pairs.
-Ours and the plain loop read a prompt once for all its responses, TRL for every one. Its Nash-MD runs without a cache:
-with one it samples another law. Magnetic MD, which TRL has not, is compared with its Nash-MD.
+All start from one model folder, and a step is the same for all: of Nash-MD and magnetic MD one response of the policy
+and one of the opponent for each of 32 prompts, of online DPO and IPO two for each of 32, of GRPO and RLOO eight for
+each of four, of DPO and IPO 32 pairs. Ours and the plain loop read a prompt once for all its responses, TRL for every
+one. Its Nash-MD runs without a cache: with one it samples another law. Magnetic MD, which TRL has not, is compared with
+its Nash-MD.
 
 A ratio that ends in "x" is peer / ours. --quick shows that everything runs and judges nothing. Takes fifteen minutes.
 """
@@ -67,8 +68,8 @@ class Work(NamedTuple):
 
 
 Lap: TypeAlias = Callable[[], None]
-Contestant: TypeAlias = Callable[[Work, Lap], None]
-"""Takes steps for ever, and calls `Lap` after each."""
+Contestant: TypeAlias = Callable[[Work, Path, Lap], None]
+"""Loads the model of a folder, takes steps for ever, and calls `Lap` after each."""
 
 
 # The world
@@ -102,8 +103,12 @@ class Taste:
         return [1 / (1 + math.exp(self.reward(v) - self.reward(u))) for u, v in zip(a, b, strict=True)]
 
 
-def make_network(work: Work) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def write_model(work: Work, folder: Path) -> None:
+    """A model folder as `transformers` writes it: random weights, and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from nlhf.llm.folders import quiet_in_a_pipe
 
     config = LlamaConfig(
         vocab_size=work.vocabulary,
@@ -117,20 +122,15 @@ def make_network(work: Work) -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
+    quiet_in_a_pipe()
     torch.random.manual_seed(0)  # transformers draws initial weights from the global generator
-    return LlamaForCausalLM(config)
-
-
-def make_tokenizer(work: Work) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    LlamaForCausalLM(config).save_pretrained(folder)
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
     words = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(4, work.vocabulary))])}
     table = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=table, padding_side="left", **names)
+    PreTrainedTokenizerFast(tokenizer_object=table, padding_side="left", **names).save_pretrained(folder)
 
 
 def loss(work: Work, log_prob: Tensor, reference: Tensor, reward: Tensor) -> Tensor:
@@ -156,17 +156,16 @@ def pairs(work: Work) -> Tensor:
 # Contestants
 
 
-def ours(work: Work, lap: Lap) -> None:
+def ours(work: Work, model: Path, lap: Lap) -> None:
     from nlhf import MagneticMD, NashMD
     from nlhf.core import Geometric, Prox
     from nlhf.llm import CausalLM, ContrastiveSolver, JudgedGame, PolicyGradientSolver, Sample, TokenMixture
 
-    network, (_, prompts), taste = make_network(work).eval(), sentences(work, 256, work.prompt, 0), Taste(work)
-    start = {name: p.detach() for name, p in network.named_parameters()}
-    reference = CausalLM(network.requires_grad_(False), make_tokenizer(work), start, work.tokens)
+    (_, prompts), taste = sentences(work, 256, work.prompt, 0), Taste(work)
+    reference = CausalLM.from_pretrained(model, max_new_tokens=work.tokens, lora_rank=None)
     reference.eos = None  # all responses are equally long
     generator, offline = torch.Generator().manual_seed(0), pairs(work)
-    live = {name: p.clone().requires_grad_() for name, p in start.items()}
+    live = {name: p.clone().requires_grad_() for name, p in reference.params.items()}
     policy, optimizer = reference.with_params(live), torch.optim.AdamW(live.values(), lr=RATE, fused=True)
     game, sampled = JudgedGame(taste.judge, prompts, policy.text), Sample(1, None, False, work.prompts, held=0)
     pair = Sample(2, None, False, work.prompts, held=0)
@@ -294,8 +293,11 @@ class Plain:
         return torch.stack(drawn, -1).view(len(prompts), n, tokens)
 
 
-def floor(work: Work, lap: Lap) -> None:
-    network, (prompts, _), scores = make_network(work), sentences(work, 256, work.prompt, 0), Taste(work).scores
+def floor(work: Work, model: Path, lap: Lap) -> None:
+    from transformers import LlamaForCausalLM
+
+    network = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    (prompts, _), scores = sentences(work, 256, work.prompt, 0), Taste(work).scores
     policy, reference = (Plain(network, work.prompt + work.tokens, trained) for trained in (True, False))
     optimizer, offline = torch.optim.AdamW(policy.params, lr=RATE, fused=True), pairs(work)
     for rows in batches(work):
@@ -316,19 +318,17 @@ def floor(work: Work, lap: Lap) -> None:
         lap()
 
 
-def trl(work: Work, lap: Lap) -> None:
+def trl(work: Work, model: Path, lap: Lap) -> None:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     class Laps(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             lap()
 
-    taste, tokenizer = Taste(work), make_tokenizer(work)
+    taste, tokenizer = Taste(work), AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory() as folder:
-        make_network(work).save_pretrained(folder)  # several trainers read a model again from where it came
-        tokenizer.save_pretrained(folder)
-        load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
+        load = partial(AutoModelForCausalLM.from_pretrained, model, dtype=torch.float32)
         shared: dict[str, Any] = {"per_device_train_batch_size": work.batch, "learning_rate": RATE, "max_steps": 10**6}
         shared |= {"output_dir": folder, "report_to": [], "save_strategy": "no", "bf16": False, "use_cpu": True}
         shared |= {"gradient_checkpointing": False, "disable_tqdm": True, "lr_scheduler_type": "constant"}
@@ -430,12 +430,12 @@ class Turns:
         return perf_counter(), used.ru_utime + used.ru_stime, busy
 
 
-def worker(contestant: str, work: Work, threads: int) -> None:
+def worker(contestant: str, work: Work, model: Path, threads: int) -> None:
     turns = Turns(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)  # what the contestant prints
     torch.set_num_threads(threads)
     try:
-        CONTESTANTS[contestant](work, turns.lap)
+        CONTESTANTS[contestant](work, model, turns.lap)
     except Stop:
         status = Path("/proc/self/status").read_text()
         turns.send(megabytes=int(status.split("VmHWM:")[1].split()[0]) / 1024)
@@ -460,10 +460,10 @@ class Run(NamedTuple):
 
 
 class Racer:
-    def __init__(self, contestant: str, work: Work, path: Path | None, threads: int) -> None:
+    def __init__(self, contestant: str, work: Work, model: Path, path: Path | None, threads: int) -> None:
         where = [str(path.resolve())] if path else []
         paths = os.pathsep.join([*where, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, __file__, "--worker", json.dumps([contestant, work, threads])]
+        command = [sys.executable, __file__, "--worker", json.dumps([contestant, work, str(model), threads])]
         self.steps: list[tuple[float, float]] = []
         start = perf_counter()
         self.process = subprocess.Popen(
@@ -510,6 +510,7 @@ class Race(NamedTuple):
     """How the contestants are called."""
 
     sizes: dict[str, int]
+    model: Path
     rounds: int
     seconds: float
     threads: int
@@ -519,7 +520,7 @@ class Race(NamedTuple):
     def __call__(self, *entries: tuple[str, str, int]) -> list[Run]:
         """Runs of (contestant, algorithm, tokens), by turns."""
         racers = [
-            Racer(one, Work(algorithm, tokens, **self.sizes), self._path(one, algorithm), self.threads)
+            Racer(one, Work(algorithm, tokens, **self.sizes), self.model, self._path(one, algorithm), self.threads)
             for one, algorithm, tokens in entries
         ]
         for turn in range(self.rounds + 1):
@@ -632,33 +633,35 @@ def main(
     """
     from race_games import machine, name
 
-    from nlhf.ladder import check_folder
+    from nlhf.run import check_folder
 
     if out is not None:
         check_folder(out)
-    small = {"layers": 2, "width": 32, "vocabulary": 100, "batch": 16, "prompt": 8}
-    race = Race(small if quick else {}, 1 if quick else 5, 0.2 if quick else 2.0, threads, trl, trl_nash)
-    sizes = ", ".join(f"{k} {v}" for k, v in Work("", 0, **race.sizes)._asdict().items() if v)
+    sizes = {"layers": 2, "width": 32, "vocabulary": 100, "batch": 16, "prompt": 8} if quick else {}
+    work = Work("", 0, **sizes)
+    shown = ", ".join(f"{k} {v}" for k, v in work._asdict().items() if v)
     packages = ", ".join(name(one) for one in ("torch", "transformers", "accelerate"))
-    about = f"{machine()}\n{packages}, {threads} threads\n{sizes}"
+    about = f"{machine()}\n{packages}, {threads} threads\n{shown}"
     print(about, end="\n\n")
-    table = Table(judge=not quick)
-    mirror = ("Nash-MD", "magnetic MD")
-    runs = training(table, race, 16, dict.fromkeys(mirror, 4.0))
-    runs += training(table, race, 48, dict.fromkeys(mirror, 7.0))
-    runs += training(table, race, 16, {"online DPO": 1.3, "online IPO": 1.3})
-    runs += training(table, race, 16, {"GRPO": 1.6, "RLOO": 2.0})
-    runs += training(table, race, 16, {"DPO": 1.2, "IPO": 1.2})
-    summary(table, runs)
-    scaling(table, race, 16)
+    table, mirror = Table(judge=not quick), ("Nash-MD", "magnetic MD")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(work, Path(folder))
+        race = Race(sizes, Path(folder), 1 if quick else 5, 0.2 if quick else 2.0, threads, trl, trl_nash)
+        runs = training(table, race, 16, dict.fromkeys(mirror, 4.0))
+        runs += training(table, race, 48, dict.fromkeys(mirror, 7.0))
+        runs += training(table, race, 16, {"online DPO": 1.3, "online IPO": 1.3})
+        runs += training(table, race, 16, {"GRPO": 1.6, "RLOO": 2.0})
+        runs += training(table, race, 16, {"DPO": 1.2, "IPO": 1.2})
+        summary(table, runs)
+        scaling(table, race, 16)
     if out is not None:
         table.write(out, about)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        contestant, sizes, threads = json.loads(sys.argv[2])
-        worker(contestant, Work(*sizes), threads)
+        contestant, sizes, folder, cores = json.loads(sys.argv[2])
+        worker(contestant, Work(*sizes), Path(folder), cores)
     else:
         import tyro
 

@@ -27,9 +27,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from nlhf import CategoricalDP, plotting, run
-from nlhf.ladder import check_folder
 from nlhf.metrics import wasserstein
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.tabular import MDP, BackupSolver, Categorical, categorical_fixed_point, certificate, quantile_fixed_point
 from nlhf.tabular.bellman import Shift, grid
 from nlhf.tabular.policy import Floats

@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from torch.optim import AdamW
 
 from nlhf import NashMD, Trace, plotting, run
-from nlhf.ladder import check_folder
 from nlhf.llm import (
     Cached,
     CausalLM,
@@ -37,7 +36,7 @@ from nlhf.llm import (
 )
 from nlhf.llm.fit import split
 from nlhf.llm.preference import sampled_gap
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 
 TAU, BETA = 0.02, 0.125
 """KL strength, and the reference's share of the opponent (Munos et al. 2024: 0.125 does best)."""

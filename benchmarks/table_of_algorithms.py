@@ -30,9 +30,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from nlhf import algorithms, llm, plotting, run
-from nlhf.ladder import check_folder
 from nlhf.llm.losses import cross_entropy, logistic, variance
-from nlhf.run import write_atomically
+from nlhf.run import check_folder, write_atomically
 from nlhf.tabular import ExactSolver, MatrixGame
 
 ORDER = ["SelfPlay", "MagneticMD", "NashMD", "NashEMA", "OptimisticMD", "MirrorProx", "BestResponse"]

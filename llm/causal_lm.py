@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nlhf.llm.data import Prompt
-from nlhf.llm.folders import converted, quiet_in_a_pipe, write_adapter, write_model
+from nlhf.llm.folders import converted, import_for_good, quiet_in_a_pipe, write_adapter, write_model
 from nlhf.llm.llama import Llama, supported, token_log_prob
 from nlhf.llm.policy import Params, TokenPolicy, alive
 from nlhf.llm.shards import full, like, shard
@@ -269,6 +269,7 @@ def load_pretrained(path: str | PathLike[str], dtype: torch.dtype) -> tuple[Any,
     """
     file, options = _locate(Path(path))
     try:
+        import_for_good("transformers.modeling_utils", "transformers.models.auto.tokenization_auto")
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
@@ -287,6 +288,7 @@ def load_pretrained(path: str | PathLike[str], dtype: torch.dtype) -> tuple[Any,
 
 def with_adapters(network: Any, rank: int, task: str) -> Any:
     """The network with LoRA adapters on every linear layer, for a task that peft knows by this name."""
+    import_for_good("peft")
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import io
 import os
@@ -11,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,3 +132,21 @@ def quiet_in_a_pipe() -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def import_for_good(*modules: str) -> None:
+    """Import modules, and look for no garbage in what they make, now or later: it takes a fifth of a command's start.
+
+    They must hold nothing but code. Garbage of before, if it is in cycles, stays as well.
+    """
+    if all(module in sys.modules for module in modules):
+        return
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for module in modules:
+            import_module(module)
+    finally:
+        if enabled:
+            gc.freeze()
+            gc.enable()

@@ -47,7 +47,8 @@ def ladder(
         model: a Hugging Face folder or GGUF file for rung 6.
         out: where to write; runs/ladder-ALGORITHM if not given.
     """
-    from nlhf.ladder import check_folder, climb, load_game
+    from nlhf.ladder import climb, load_game
+    from nlhf.run import check_folder
 
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
@@ -95,7 +96,7 @@ def solve(
         seed: of the draws and the clusters.
         out: where to write; runs/solve-NAME if not given.
     """
-    from nlhf.ladder import check_folder
+    from nlhf.run import check_folder
     from nlhf.solve import clustered, standings
     from nlhf.tabular import MatrixGame, tables
 
@@ -147,7 +148,7 @@ def evaluate(
     """
     from nlhf.evaluate import evaluate as run_evaluation
     from nlhf.evaluate import load_policy, load_process
-    from nlhf.ladder import check_folder
+    from nlhf.run import check_folder
 
     if atoms is not None and accuracy is not None:
         raise ValueError("atoms and accuracy exclude each other: give one of them")
@@ -199,7 +200,7 @@ def preference(
         seed: of the split, the order, and the initial weights.
         out: the folder of the model, its metrics and its figure; runs/preference-NAME if not given.
     """
-    from nlhf.ladder import check_folder
+    from nlhf.run import check_folder
 
     for option, value, least in (("epochs", epochs, 1), ("batch", batch, 1), ("length", length, 1), ("seed", seed, 0)):
         check_count(option, value, least)
@@ -259,7 +260,7 @@ def tournament(
         seed: of the prompts, the responses and the draws.
         out: where to write.
     """
-    from nlhf.ladder import check_folder
+    from nlhf.run import check_folder
     from nlhf.tournament import tournament as play
     from nlhf.train import load_judge
 
@@ -295,7 +296,7 @@ def verify(
         workers: processes; one per core if not given, 0 for none beside this one, where a debugger works.
         out: where to write.
     """
-    from nlhf.ladder import check_folder
+    from nlhf.run import check_folder
     from nlhf.verify import verify as try_to_break
 
     if workers is not None:

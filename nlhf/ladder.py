@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -234,10 +233,3 @@ def load_game(name: str, seed: int) -> tuple[MatrixGame, str]:
     if not path.is_file():
         raise ValueError(f"game must be one of {', '.join(GAMES)} or a CSV file, got {name!r}")
     return MatrixGame.from_file(path), path.stem
-
-
-def check_folder(out: Path) -> None:
-    """ValueError unless the folder `out` is there to write in, or can be made."""
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"out must be a folder that can be written, got {str(out)!r}")

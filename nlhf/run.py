@@ -217,6 +217,13 @@ def seeded(solver: Any, seed: int, t: int) -> Solve:
     return solve
 
 
+def check_folder(out: Path) -> None:
+    """ValueError unless the folder `out` is there to write in, or can be made."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"out must be a folder that can be written, got {str(out)!r}")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write the whole file or nothing: a reader, or a kill, never meets half of it."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

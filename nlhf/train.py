@@ -21,11 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from nlhf import plotting
 from nlhf.algorithms import MirrorProx, OptimisticMD
 from nlhf.core import Regularized
-from nlhf.ladder import check_folder
-from nlhf.run import Trace, first_process, run, write_atomically
+from nlhf.run import Trace, check_folder, first_process, run, write_atomically
 from nlhf.schedules import check_count, is_number
 
 if TYPE_CHECKING:
@@ -233,6 +231,8 @@ def train(algorithm: Regularized, options: Training) -> Trace:
     trace.policy.save_pretrained(out / MODEL)
     if not first_process():
         return trace
+    from nlhf import plotting  # matplotlib comes in when there is something to draw
+
     plotting.save(figure(trace, f"{type(algorithm).__name__} on {options.data.name}"), out / "curves")
     return trace
 
@@ -311,6 +311,8 @@ def figure(trace: Trace, title: str) -> Figure:
     """The certificate against the iteration: gap with its interval, win rates, KL, entropy, length, residual."""
     from matplotlib.figure import Figure
 
+    from nlhf.plotting import STYLES
+
     panels: list[tuple[str, dict[str, str]]] = [
         ("estimated duality gap (win probability)", {"duality_gap": "estimate, errs low"}),
         ("win rate", {"win_rate": "over the reference", "win_rate_earlier": "over earlier policies, mean",
@@ -331,7 +333,7 @@ def figure(trace: Trace, title: str) -> Figure:
             ax.axhline(0, color="k", linewidth=0.6)
         if "win_rate" in lines:
             ax.axhline(0.5, color="k", linewidth=0.6)
-        for (name, legend), style in zip(lines.items(), plotting.STYLES[2:], strict=False):
+        for (name, legend), style in zip(lines.items(), STYLES[2:], strict=False):
             if name in recorded:
                 steps, values = trace.values(name)
                 shown = slice(1, None) if name == "prox_residual" else slice(None)  # nothing was solved at step 0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+
+from nlhf.llm.folders import import_for_good
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
@@ -47,6 +51,34 @@ def test_torch_stays_out(statement: str) -> None:
 def test_transformers_stay_out_of_the_torch_world_until_a_model_is_loaded() -> None:
     code = "import sys, nlhf.llm; print(sorted({'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_command_starts_without_matplotlib() -> None:
+    code = "import sys, nlhf.cli; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("module", ["fresh", "broken"])
+def test_an_import_for_good_leaves_the_collector_as_it_was(
+    module: str, enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it imports is out of the collector's sight, which looks on at everything else."""
+    (tmp_path / "fresh.py").write_text("import gc\nlooked = gc.isenabled()\n")
+    (tmp_path / "broken.py").write_text("import none_such\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))  # for good would be for all later tests
+    frozen: list[bool] = []
+    (gc.enable if enabled else gc.disable)()
+    try:
+        for _ in range(2):
+            with pytest.raises(ModuleNotFoundError) if module == "broken" else nullcontext():
+                import_for_good(module)
+        assert gc.isenabled() == enabled
+        assert not (module == "fresh" and sys.modules.pop("fresh").looked)
+        assert len(frozen) == enabled * (2 if module == "broken" else 1)
+    finally:
+        gc.enable()
 
 
 def test_the_two_worlds_do_not_know_each_other() -> None:
