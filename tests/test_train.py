@@ -210,9 +210,32 @@ def test_a_longer_run_forgets_the_last_row_of_a_shorter_one(data: Path, model: P
         assert (tmp_path / "longer" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
 
 
+DIES = """
+import os, signal, sys
+from nlhf.cli import main
+files = iter(range({}))
+sys.addaudithook(
+    lambda event, _: event == "os.rename" and next(files, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+)
+main()
+"""
+"""A command that is killed when it has written so many files, as it gives the next one its name."""
+
+
 def test_a_killed_command_ends_as_if_never_killed(data: Path, model: Path, tmp_path: Path) -> None:
-    """Twice as soon as it trains: later moments, which on a busy machine may come after the end, are on request."""
-    assert kill_and_resume(data, model, tmp_path, 2, [0.0, 0.0]) == 2
+    """Between a checkpoint and what is written beside it, in a checkpoint, and in the model at the end."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+
+    def command(out: Path, code: str = "from nlhf.cli import main; main()") -> int:
+        arguments = ["train", "nash-md", *flags(options(data, model, out, steps=4, every=1))]
+        return subprocess.run([sys.executable, "-c", code, *arguments]).returncode
+
+    assert command(straight) == 0
+    for files, cut in ((2, ".metrics.jsonl"), (6, ".checkpoint.safetensors"), (12, ".model")):
+        assert command(killed, DIES.format(files)) == -signal.SIGKILL
+        assert [path.stem for path in killed.iterdir() if path.name.startswith(".")] == [cut]
+    assert command(killed) == 0
+    check_same(killed, straight)
 
 
 @pytest.mark.slow
@@ -224,6 +247,20 @@ def test_ten_kills(rank: int | None, data: Path, model: Path, tmp_path: Path) ->
     """While it starts (negative moments), trains, measures and writes."""
     moments = np.random.default_rng(0).uniform([-1.0] * 3 + [0.0] * 7, 0.15).tolist()
     assert kill_and_resume(data, model, tmp_path, rank, moments) >= 9
+
+
+def check_same(killed: Path, straight: Path) -> None:
+    """All files are the same to the last byte, but for the order in which the judge was asked; nothing is left over."""
+    for name in (*OUTPUTS, "config.json"):
+        ours, theirs = ((out / name).read_bytes() for out in (killed, straight))
+        if name == "config.json":
+            ours = ours.replace(b"/killed", b"/straight")
+        if name == "judge.jsonl":
+            assert set(ours.splitlines()) == set(theirs.splitlines())
+            assert len(ours) == len(theirs)  # nothing is asked twice
+            continue
+        assert ours == theirs, name
+    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
 
 
 def kill_and_resume(data: Path, model: Path, folder: Path, rank: int | None, moments: list[float]) -> int:
@@ -261,16 +298,7 @@ def kill_and_resume(data: Path, model: Path, folder: Path, rank: int | None, mom
     moment = 0.0
     process, _ = command(killed)
     assert process.wait() == 0
-    for name in (*OUTPUTS, "config.json"):
-        ours, theirs = ((out / name).read_bytes() for out in (killed, straight))
-        if name == "config.json":
-            ours = ours.replace(b"/killed", b"/straight")
-        if name == "judge.jsonl":
-            assert set(ours.splitlines()) == set(theirs.splitlines())
-            assert len(ours) == len(theirs)  # nothing is asked twice
-            continue
-        assert ours == theirs, name
-    assert not [path for path in killed.iterdir() if path.name.startswith(".")]
+    check_same(killed, straight)
     return kills
 
 
