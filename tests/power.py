@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cached_property
 from types import CodeType, FunctionType
@@ -41,7 +41,7 @@ def constant(value: Any, c: float) -> Any:
             return Tabular(np.log(np.broadcast_to(certain if c else 1 / certain.size, value.probs.shape)))
     if isinstance(value, Categorical):
         return Categorical(np.broadcast_to(np.eye(value.probs.shape[-1])[-int(c)], value.probs.shape), value.atoms)
-    if type(value).__module__.split(".")[0] == "torch" and value.is_floating_point():
+    if hasattr(value, "is_floating_point") and value.is_floating_point():
         return value.new_full(value.shape, c)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*parts(value, c))
@@ -93,13 +93,16 @@ def _itself(function: Any) -> Any:
 
 
 def called(claim: Claim, instances: list[Any], library: Library) -> list[CodeType]:
-    """Those that are called when the claim is measured, first those that it calls itself."""
+    """Those that say what a constant can say when the claim is measured, first those that it calls itself."""
     seen: dict[CodeType, bool] = {}
 
-    def note(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code in library:
+    def note(frame: Any, event: str, value: Any) -> None:
+        if event == "return" and frame.f_code in library:
             itself = str(frame.f_back.f_globals.get("__name__")).startswith(OURS)
-            seen[frame.f_code] = itself or seen.get(frame.f_code, False)
+            with suppress(NoConstant):
+                if itself > seen.get(frame.f_code, -1):
+                    constant(value, 0.0)
+                    seen[frame.f_code] = itself
 
     for instance in instances:
         sys.setprofile(note)

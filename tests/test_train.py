@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -562,27 +563,28 @@ def test_a_tournament_that_cannot_be_played(folders: list[str], message: str, mo
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, data: Path, model: Path) -> None:
-    """The same command under torchrun, and with shards, each process with half of the prompts: float32 sums in another
-    order. A run of one process goes on with shards."""
+    """The same command under `accelerate launch`, and with shards, each process with half of the prompts: float32 sums
+    in another order. A run of one process goes on with shards, under torchrun."""
     command = ["--data", data, "--model", model, "--prompts", 4, "--eval-prompts", 2, "--eval-n", 2,
                "--every", 2, "--max-new-tokens", 6, "--lora-rank", "None", "--lr", 1e-3, "--solver", "pg",
                "--keep"]  # fmt: skip
     body = tmp_path / "body.py"
     body.write_text("from nlhf.cli import main\n\nif __name__ == '__main__':\n    main()\n")
-    run_two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     accelerate += ["--main_process_port", "0"]
 
-    def trained(out: str, steps: int, launcher: list[str], **more: str) -> None:
+    def trained(out: str, steps: int, *launcher: str, **more: str) -> None:
         arguments = [*launcher, body, "train", "nash-md", *command, "--steps", steps, "--out", tmp_path / out]
         environment = {**os.environ, **more}
         subprocess.run(list(map(str, arguments)), check=True, capture_output=True, timeout=300, env=environment)
 
-    trained("one", 4, [sys.executable])
-    trained("two", 4, run_two)
-    trained("shards", 4, accelerate)
-    trained("shards after one", 2, [sys.executable])
-    trained("shards after one", 4, run_two, ACCELERATE_USE_FSDP="true")
+    trained("one", 2, sys.executable)
+    shutil.copytree(tmp_path / "one", tmp_path / "shards after one")
+    trained("one", 4, sys.executable)
+    trained("two", 4, *accelerate, "--multi_gpu")
+    trained("shards", 4, *accelerate, "--use_fsdp")
+    trained("shards after one", 4, *torchrun, ACCELERATE_USE_FSDP="true")
 
     def rows(out: str) -> list[Any]:
         return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
