@@ -646,7 +646,7 @@ def main(
     table, mirror = Table(judge=not quick), ("Nash-MD", "magnetic MD")
     with tempfile.TemporaryDirectory() as folder:
         write_model(work, Path(folder))
-        race = Race(sizes, Path(folder), 1 if quick else 5, 0.2 if quick else 2.0, threads, trl, trl_nash)
+        race = Race(sizes, Path(folder), 1 if quick else 12, 0.2 if quick else 0.8, threads, trl, trl_nash)
         runs = training(table, race, 16, dict.fromkeys(mirror, 4.0))
         runs += training(table, race, 48, dict.fromkeys(mirror, 7.0))
         runs += training(table, race, 16, {"online DPO": 1.3, "online IPO": 1.3})
