@@ -73,7 +73,7 @@ class CausalLM(TokenPolicy):
 
         Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
         """
-        network, tokenizer = load_pretrained(path, dtype)
+        network, tokenizer = load_pretrained(path, dtype, lora_rank is not None)
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
             network = with_adapters(network, lora_rank, "CAUSAL_LM")
@@ -262,14 +262,21 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])
 
 
-def load_pretrained(path: str | PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
+def load_pretrained(path: str | PathLike[str], dtype: torch.dtype, adapters: bool) -> tuple[Any, Any]:
     """The `transformers` causal model and the tokenizer of a local folder or GGUF file. Nothing is unpickled.
+
+    Args:
+        path: the folder or file.
+        dtype: of the network.
+        adapters: whether `with_adapters` follows, which needs peft.
 
     Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
     """
     file, options = _locate(Path(path))
     try:
-        import_for_good("transformers.modeling_utils", "transformers.models.auto.tokenization_auto")
+        import_for_good(
+            "transformers.modeling_utils", "transformers.models.auto.tokenization_auto", *["peft"] * adapters
+        )
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
@@ -288,7 +295,6 @@ def load_pretrained(path: str | PathLike[str], dtype: torch.dtype) -> tuple[Any,
 
 def with_adapters(network: Any, rank: int, task: str) -> Any:
     """The network with LoRA adapters on every linear layer, for a task that peft knows by this name."""
-    import_for_good("peft")
     from peft import LoraConfig, get_peft_model
 
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)

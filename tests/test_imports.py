@@ -63,7 +63,7 @@ def test_a_command_starts_without_matplotlib() -> None:
 def test_an_import_for_good_leaves_the_collector_as_it_was(
     module: str, enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it imports is out of the collector's sight, which looks on at everything else."""
+    """What it imports is out of the collector's sight, which looks on at everything else; and that once."""
     (tmp_path / "fresh.py").write_text("import gc\nlooked = gc.isenabled()\n")
     (tmp_path / "broken.py").write_text("import none_such\n")
     monkeypatch.syspath_prepend(tmp_path)
