@@ -341,6 +341,7 @@ def figure(trace: Trace, title: str) -> Figure:
         if any(lines.values()):
             ax.legend(fontsize=8, frameon=False)
         ax.set(xlabel="iteration", ylabel=label)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.grid(True, linewidth=0.4, alpha=0.5)
         ax.spines[["top", "right"]].set_visible(False)
     return drawn
