@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model as a policy. transformers and peft are imported when one is loaded."""
+"""Any Hugging Face causal language model as a policy. transformers and peft are imported when one needs them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nlhf.llm.bare import bare_llama, bare_tokenizer
 from nlhf.llm.data import Prompt
 from nlhf.llm.folders import converted, import_for_good, quiet_in_a_pipe, write_adapter, write_model
 from nlhf.llm.llama import Llama, supported, token_log_prob
@@ -33,7 +34,7 @@ class CausalLM(TokenPolicy):
     holds it whole to the end: to gather at every token would be far too slow.
 
     Args:
-        network: a `transformers` causal model, with adapters or without, in evaluation mode.
+        network: a `transformers` causal model, with adapters or without, in evaluation mode; or a `BareLlama`.
         tokenizer: its tokenizer, with an end token. A chat template is used if it has one.
         params: the trainable parameters by name.
         max_new_tokens: T.
@@ -62,6 +63,9 @@ class CausalLM(TokenPolicy):
     ) -> CausalLM:
         """Load a local Hugging Face folder, a GGUF file, or a folder with one GGUF file. Nothing is downloaded.
 
+        All weights of a plain Llama are read, and saved again, without `transformers` (`nlhf.llm.bare`), which takes
+        longer to import than the first steps of a small model take. They are the same weights and the same tokens.
+
         Args:
             path: the folder or file.
             max_new_tokens: T, the most tokens of a response.
@@ -73,7 +77,7 @@ class CausalLM(TokenPolicy):
 
         Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
         """
-        network, tokenizer = load_pretrained(path, dtype, lora_rank is not None)
+        network, tokenizer = load_pretrained(path, dtype, adapters=lora_rank is not None, bare=lora_rank is None)
         network.requires_grad_(lora_rank is None)
         if lora_rank is not None:
             network = with_adapters(network, lora_rank, "CAUSAL_LM")
@@ -262,35 +266,44 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])
 
 
-def load_pretrained(path: str | PathLike[str], dtype: torch.dtype, adapters: bool) -> tuple[Any, Any]:
+def load_pretrained(
+    path: str | PathLike[str], dtype: torch.dtype, *, adapters: bool = False, bare: bool = False
+) -> tuple[Any, Any]:
     """The `transformers` causal model and the tokenizer of a local folder or GGUF file. Nothing is unpickled.
 
     Args:
         path: the folder or file.
         dtype: of the network.
         adapters: whether `with_adapters` follows, which needs peft.
+        bare: whether those of `nlhf.llm.bare` will do, where they can stand in.
 
     Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
     """
     file, options = _locate(Path(path))
-    try:
-        import_for_good(
-            "transformers.modeling_utils", "transformers.models.auto.tokenization_auto", *["peft"] * adapters
-        )
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
-    quiet_in_a_pipe()
 
     def load(file: Path, **options: Any) -> tuple[Any, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(file, local_files_only=True, **options)
-        options |= {"local_files_only": True, "dtype": dtype, "use_safetensors": True}
-        return AutoModelForCausalLM.from_pretrained(file, **options), tokenizer
+        import_for_good("torch._dynamo")  # which an optimiser imports, or transformers
+        network: Any = bare_llama(file, dtype) if bare and not options else None
+        tokenizer: Any = None if network is None else bare_tokenizer(file)
+        if tokenizer is None:
+            models = ["transformers.modeling_utils"] if network is None else []
+            import_for_good(*models, "transformers.models.auto.tokenization_auto", *["peft"] * adapters)
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if options:
-        found = converted(file / options["gguf_file"], lambda: load(file, **options), dtype)
-        return load(found) if isinstance(found, Path) else found
-    return load(file)
+            quiet_in_a_pipe()
+            tokenizer = AutoTokenizer.from_pretrained(file, local_files_only=True, **options)
+        if network is None:
+            options |= {"local_files_only": True, "dtype": dtype, "use_safetensors": True}
+            network = AutoModelForCausalLM.from_pretrained(file, **options)
+        return network, tokenizer
+
+    try:
+        if options:
+            found = converted(file / options["gguf_file"], lambda: load(file, **options), dtype)
+            return load(found) if isinstance(found, Path) else found
+        return load(file)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; language models need: pip install 'nlhf[llm]'") from None
 
 
 def with_adapters(network: Any, rank: int, task: str) -> Any:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nlhf.llm.bare import BareLlama
 from nlhf.llm.policy import Params
 from nlhf.llm.processes import place
 from nlhf.llm.shards import full, is_sharded
@@ -48,6 +50,21 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def write_model(folder: Path, network: Any, params: Params, tokenizer: Any) -> None:
     """The network with these parameters, adapters merged into its weights, as `save_pretrained` writes it."""
     tensors = merged(network, params)
+    if isinstance(network, BareLlama):
+        save = partial(network.save_pretrained, weights=tensors)
+    else:
+        save = _loaded(network, tensors).save_pretrained
+        quiet_in_a_pipe()
+
+    def write(new: Path) -> None:
+        save(new)
+        tokenizer.save_pretrained(new)
+
+    write_folder(folder, write)
+
+
+def _loaded(network: Any, tensors: Params) -> Any:
+    """A model of `transformers` with these weights, without adapters."""
     plain = network.get_base_model() if hasattr(network, "peft_config") else network
     config = copy.deepcopy(plain.config)
     if hasattr(config, "quantization_config"):
@@ -60,13 +77,7 @@ def write_model(folder: Path, network: Any, params: Params, tokenizer: Any) -> N
         raise ValueError(f"network has no parameter {missing[0]}, which a {type(plain).__name__} needs")
     model.config.dtype = next(iter(tensors.values())).dtype
     model.generation_config = plain.generation_config
-    quiet_in_a_pipe()
-
-    def write(new: Path) -> None:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-
-    write_folder(folder, write)
+    return model
 
 
 def write_adapter(folder: Path, network: Any, params: Params, tokenizer: Any) -> None:

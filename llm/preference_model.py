@@ -96,7 +96,7 @@ class LearnedJudge(ABC):
 
         Raises FileNotFoundError if there is no model at `path`, ModuleNotFoundError without the `llm` extra.
         """
-        network, tokenizer = load_pretrained(path, dtype, lora_rank is not None)
+        network, tokenizer = load_pretrained(path, dtype, adapters=lora_rank is not None)
         backbone = network.base_model.requires_grad_(lora_rank is None)
         base = None
         if lora_rank is not None:
