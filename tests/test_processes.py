@@ -25,8 +25,8 @@ from nlhf.llm import (
     Sample,
     TinyTransformer,
 )
+from nlhf.llm.bare import BareLlama
 from nlhf.llm.causal_lm import trainable
-from nlhf.llm.llama import Llama
 from nlhf.llm.preference import cycle_judge, sampled_gap
 from nlhf.llm.processes import join, own
 from nlhf.llm.shards import shard
@@ -82,27 +82,32 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 
 SHARDED: dict[str, Any] = {
-    "all weights": (None, True, partial(RegressionSolver, expectation=Sample(6, prompts=4), steps=2)),
-    "all weights, policy gradient": (None, True, partial(PolicyGradientSolver, expectation=Sample(6), steps=2)),
-    "adapters": (2, True, partial(RegressionSolver, expectation=Sample(6, micro=1), steps=2)),
-    "adapters, policy gradient": (2, True, partial(PolicyGradientSolver, expectation=Sample(6, prompts=2), steps=2)),
-    "through transformers": (None, False, partial(RegressionSolver, expectation=Sample(6), steps=2)),
+    "all weights": (None, "ours", partial(RegressionSolver, expectation=Sample(6, prompts=4), steps=2)),
+    "all weights, policy gradient": (None, "ours", partial(PolicyGradientSolver, expectation=Sample(6), steps=2)),
+    "adapters": (2, "ours", partial(RegressionSolver, expectation=Sample(6, micro=1), steps=2)),
+    "adapters, policy gradient": (2, "ours", partial(PolicyGradientSolver, expectation=Sample(6, prompts=2), steps=2)),
+    "without transformers": (None, "bare", partial(RegressionSolver, expectation=Sample(6), steps=2)),
+    "through transformers": (None, "theirs", partial(RegressionSolver, expectation=Sample(6), steps=2)),
 }
 
 
-def language_model(rank: int | None, own_forward: bool) -> CausalLM:
+def language_model(rank: int | None, forward: str) -> CausalLM:
     """In float64, but for the logits. If asked for, each process keeps its shards alone."""
-    made = CausalLM.from_scratch(width=16, layers=2, heads=2, max_new_tokens=5, lora_rank=rank)
-    made.network.double()
-    shard(made.network)
-    policy = CausalLM(made.network, made.tokenizer, trainable(made.network, 0), made.length)
-    policy.llama = Llama.of(policy.network) if own_forward else None
-    return policy
+    policy = CausalLM.from_scratch(width=16, layers=2, heads=2, max_new_tokens=5, lora_rank=rank)
+    network: Any = policy.network
+    if forward == "bare":
+        network = BareLlama(policy.params, {"config.json": network.config.to_dict()})
+        policy = CausalLM(network, policy.tokenizer, policy.params, policy.length)
+    network.double()
+    shard(network)
+    if forward == "theirs":  # which is what a policy in float64 uses
+        policy = CausalLM(network, policy.tokenizer, policy.params, policy.length)
+    return policy.with_params(trainable(network, 0))
 
 
 def sharded_trajectory(name: str, **more: Any) -> Any:
-    rank, own_forward, make = SHARDED[name]
-    policy = language_model(rank, own_forward)
+    rank, forward, make = SHARDED[name]
+    policy = language_model(rank, forward)
     game = JudgedGame(cycle_judge, [f"Say {i}." for i in range(4)], policy.text)
     solver = make(game, optimizer=Descent(partial(AdamW, lr=1e-2), max_norm=0.1))
     metrics = (sampled_gap(policy, 4, seed=0, prompts=("Say so.", "Well?")),)
