@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import ArrayLike
-from scipy.special import expit
 from torch import Tensor
 
 from nlhf.llm.policy import TokenPolicy, alive
@@ -144,7 +144,7 @@ def cycle_judge(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> F
     texts = {text: i for i, text in enumerate(dict.fromkeys([*a, *b]))}
     features = np.array([_features(text) for text in texts])
     f, g = features[[texts[t] for t in a]], features[[texts[t] for t in b]]
-    return np.asarray(expit(20 * np.cross(f, g).sum(axis=-1)))
+    return np.asarray(scipy.special.expit(20 * np.cross(f, g).sum(axis=-1)))
 
 
 def _features(text: str) -> tuple[float, float, float]:

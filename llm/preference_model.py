@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import expit
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -127,7 +127,7 @@ class LearnedJudge(ABC):
         """(N,) P(a > b | x)."""
         with torch.no_grad():
             margin = self.margins(prompts, a, b).double().numpy(force=True)
-        likely = expit(np.abs(margin))  # at least 1/2, where 1 - p is exact
+        likely = scipy.special.expit(np.abs(margin))  # at least 1/2, where 1 - p is exact
         return np.where(margin >= 0, likely, 1 - likely)
 
     def margins(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:

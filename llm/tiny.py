@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.special import logsumexp
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -194,7 +194,8 @@ def _conditionals(log_probs: Floats, vocab: int, length: int) -> Floats:
     leaves[:, :n] = log_probs
     levels = []
     for t in range(length):
-        mass = logsumexp(leaves.reshape(prompts, vocab ** (t + 1), -1), axis=-1).reshape(prompts, -1, vocab)
-        total = logsumexp(mass, axis=-1, keepdims=True)
+        mass = scipy.special.logsumexp(leaves.reshape(prompts, vocab ** (t + 1), -1), axis=-1)
+        mass = mass.reshape(prompts, -1, vocab)
+        total = scipy.special.logsumexp(mass, axis=-1, keepdims=True)
         levels.append(np.where(np.isneginf(total), 0.0, mass - np.where(np.isneginf(total), 0.0, total)))
     return np.concatenate(levels, axis=1)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.special import ndtri
 
 from nlhf.metrics import Floats
 from nlhf.run import write_atomically
@@ -175,7 +175,7 @@ def _measures(total: Floats) -> Floats:
 def _reliability(total: Floats, level: float) -> Floats:
     """(BINS, 5), NaN in an empty bin."""
     n, confidence, won = total[4:].reshape(3, BINS)
-    z: Any = ndtri((1 + level) / 2)
+    z: Any = scipy.special.ndtri((1 + level) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = won / n
         middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)

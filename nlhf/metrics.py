@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp, softmax
 
 from nlhf.core import Policy
 from nlhf.schedules import check_tau
@@ -59,7 +59,8 @@ def win_rate(policy: Policy, game: Any, opponent: Policy | None = None) -> float
 def best_response(policy: Policy, game: Any, tau: float) -> Floats:
     """(n,) or (X, n) log BR(y) = log mu(y) + P(y > pi) / tau - log Z, the best reply to the policy; tau > 0."""
     check_tau(tau, positive=True)
-    return np.asarray(log_softmax(table(game.reference) + game.versus(np.exp(table(policy))) / tau, axis=-1))
+    log_mu, win = table(game.reference), game.versus(np.exp(table(policy)))
+    return np.asarray(scipy.special.log_softmax(log_mu + win / tau, axis=-1))
 
 
 def duality_gap(policy: Policy, game: Any, tau: float) -> float:
@@ -268,8 +269,8 @@ def estimated_gap(
 def _paid(a: Floats, b: Floats, shares: Floats, tau: float) -> Floats:
     """Value against b, less its KL, of the reply to a, over the last axis: y_i has the reference weight shares_i."""
     with np.errstate(divide="ignore"):  # a sample that was not drawn weighs nothing
-        q = softmax(a / tau + np.log(shares), axis=-1)
-    return np.asarray(tau * logsumexp(a / tau, b=shares, axis=-1) + np.sum(q * (b - a), axis=-1))
+        q = scipy.special.softmax(a / tau + np.log(shares), axis=-1)
+    return np.asarray(tau * scipy.special.logsumexp(a / tau, b=shares, axis=-1) + np.sum(q * (b - a), axis=-1))
 
 
 def kl_rows(p: Floats, q: Floats) -> Floats:
