@@ -106,7 +106,7 @@ def bare_llama(folder: Path, dtype: torch.dtype) -> BareLlama | None:
         # copied, lest whoever changes the file change the weights
         weights = {name: weights[name].to(dtype, copy=True) for name in shapes}
         network = BareLlama(weights, files)
-    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, SafetensorError):
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError, SafetensorError):
         return None
     return network if supported(network) else None
 

@@ -255,6 +255,10 @@ NETWORKS: dict[str, Change] = {
     "whole numbers": weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(16, dtype=torch.int8)})),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "weights cut off": file("model.safetensors", "{"),
+    "an index that is none": lambda folder: (
+        (folder / "model.safetensors").rename(folder / "model.bin"),
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+    ),
 }
 
 
