@@ -101,7 +101,7 @@ def bare_llama(folder: Path, dtype: torch.dtype) -> BareLlama | None:
         index = {} if whole.is_file() else _read(folder / "model.safetensors.index.json")["weight_map"]
         parts = {folder / part for part in index.values()} or {whole}
         weights = {name: p for part in sorted(parts) for name, p in load_file(part).items()}
-        if {name: tuple(p.shape) for name, p in weights.items() if p.is_floating_point()} != shapes:
+        if {name: p.is_floating_point() and tuple(p.shape) for name, p in weights.items()} != shapes:
             return None
         # copied, lest whoever changes the file change the weights
         weights = {name: weights[name].to(dtype, copy=True) for name in shapes}

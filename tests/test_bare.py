@@ -253,6 +253,7 @@ NETWORKS: dict[str, Change] = {
     "no head": weights(lambda tensors: tensors.pop("lm_head.weight")),
     "more weights": weights(lambda tensors: tensors.update(extra=torch.zeros(2))),
     "whole numbers": weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(16, dtype=torch.int8)})),
+    "more whole numbers": weights(lambda tensors: tensors.update(extra=torch.zeros(2, dtype=torch.int8))),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "weights cut off": file("model.safetensors", "{"),
     "an index that is none": lambda folder: (
